@@ -1,0 +1,48 @@
+"""Files that are whole or absent, never half written."""
+
+import errno
+import os
+import secrets
+from pathlib import Path
+
+
+def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
+  """Replaces the file `path` by `data` (text as UTF-8); a crash at any moment leaves the old file or the new one.
+
+  Missing parent folders are made.
+
+  Raises:
+    OSError: the file cannot be written (disk full, no permission, ...); the old file is then still there.
+  """
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # In the same folder, because os.replace is atomic only within one file system.
+  temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+  try:
+    with temporary.open("wb") as file:
+      file.write(data.encode() if isinstance(data, str) else data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+  except OSError as error:
+    raise explain(error, path) from error
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def explain(error: OSError, path: str | os.PathLike[str]) -> OSError:
+  """The same error with a message that says which file could not be written, and why."""
+  full = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded"}
+  full[errno.EFBIG] = "larger than the file size limit (ulimit -f)"
+  reason = full.get(error.errno or 0, error.strerror or str(error))
+  return OSError(error.errno, f"cannot write {path}: {reason}")
+
+
+def _sync_folder(folder: Path) -> None:
+  """Makes a rename in `folder` survive a power cut."""
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
