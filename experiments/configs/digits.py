@@ -1,0 +1,51 @@
+"""Meta-trains an MLP optimizer by PES on small classifiers of handwritten digits; needs no network.
+
+    python experiments/meta_train.py --config=experiments/configs/digits.py --workdir=runs/digits
+
+Takes: TODO on 2 CPU cores. Result: TODO.
+
+Another module is picked after a colon, and every field below is a flag:
+
+    --config=experiments/configs/digits.py:architecture=lstm,estimator=es --config.estimator.sigma=0.02
+"""
+
+import ml_collections
+
+from lopt import configuration
+
+
+def get_config(choices: str = "") -> ml_collections.ConfigDict:
+  # First what each section picks by default; its fields are the options of that file's `build`, described there.
+  # Listed here is what differs from the defaults, for each name that may be picked.
+  config = configuration.choose(
+    choices,
+    architecture={"mlp": {}},  # lopt/architectures/<name>.py: what is learned
+    task={"mlp_classifier": {"dataset": "digits"}},  # lopt/tasks/<name>.py: what it learns on
+    estimator={"pes": {"sigma": 0.01}, "es": {"sigma": 0.01}},  # lopt/outer/<name>.py: gradients of the meta-loss
+  )
+  config.seed = 0  # the only source of randomness
+  config.num_outer_steps = 2_000  # updates of θ
+  config.meta_loss = "train"  # what the optimizer is to make small: the loss on 'train' or 'validation' batches
+
+  config.horizon = ml_collections.ConfigDict()  # inner steps of an episode, drawn log-uniformly for each
+  config.horizon.min = 100
+  config.horizon.max = 1_000
+
+  config.outer_optimizer = ml_collections.ConfigDict()  # AdamW on θ
+  config.outer_optimizer.learning_rate = 1e-3  # at its peak; decays along a cosine to nothing
+  config.outer_optimizer.warmup_steps = 50  # outer steps of linear rise to it
+  config.outer_optimizer.weight_decay = 0.0
+  config.outer_optimizer.clip_norm = 1.0  # of the meta-gradient, whole
+
+  config.evaluation = ml_collections.ConfigDict()  # on held-out tasks, while meta-training
+  config.evaluation.every = 200  # outer steps
+  config.evaluation.num_tasks = 4
+  config.evaluation.num_seeds = 2  # inner runs of each task
+  config.evaluation.num_steps = 1_000  # of each inner run
+
+  config.checkpoint = ml_collections.ConfigDict()
+  config.checkpoint.every = 100  # outer steps
+  config.checkpoint.keep = 3  # the newest; older ones are deleted
+
+  config.log_every = 10  # outer steps between two records of the metrics
+  return config

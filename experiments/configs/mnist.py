@@ -1,0 +1,20 @@
+"""Meta-trains an MLP optimizer by PES on classifiers of MNIST; downloads it at the first start.
+
+    python experiments/meta_train.py --config=experiments/configs/mnist.py --workdir=runs/mnist
+
+Takes: TODO on 2 CPU cores. Result: TODO.
+"""
+
+import pathlib
+
+import ml_collections
+
+from lopt import configuration
+
+digits = configuration.load(pathlib.Path(__file__).with_name("digits.py"))
+
+
+def get_config(choices: str = "") -> ml_collections.ConfigDict:
+  config = digits.get_config(choices)  # as there, but for:
+  config.task.dataset = "mnist"
+  return config

@@ -1,0 +1,293 @@
+"""Configurations: plain nested fields, checked against the signatures of the functions that they are for.
+
+A module that can be chosen (an architecture, a task, an estimator) is a file with one function `build`, whose
+keyword-only arguments are its options. Their names, types and defaults are read from the signature, so adding a
+file is all there is to adding a choice:
+
+    section = {"name": "mlp", "hidden_size": 32}
+    architecture = build("architectures", section, where="config.architecture")
+
+Every problem is a `ConfigError` of one line that starts with the field.
+"""
+
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_collections
+from absl import flags
+
+PACKAGES = {"architecture": "architectures", "task": "tasks", "estimator": "outer"}
+"""Where the module that a section of a configuration names is found: lopt/<package>/<name>.py."""
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot be used; the message is one line and starts with the field."""
+
+
+def defaults(build: Callable[..., Any]) -> dict[str, Any]:
+  """The options of a build function: its keyword-only arguments that have a default, with those defaults."""
+  return {
+    name: parameter.default
+    for name, parameter in _options(build).items()
+    if parameter.default is not inspect.Parameter.empty
+  }
+
+
+def call(build: Callable[..., Any], options: Mapping[str, Any], *args: Any, where: str) -> Any:
+  """`build(*args, **options)`, once the options' names and types have been checked against the signature.
+
+  Known types are int, float (an int will do), bool, str, None, Literal, tuples and unions of these; an argument
+  of any other type, or without annotation, is passed on unchecked. Lists become tuples.
+
+  Args:
+    build: a function that takes its options as keyword-only arguments.
+    options: their values; options that are left out have their default.
+    *args: positional arguments, unchecked.
+    where: the path of the options, such as `config.task`, with which error messages start.
+
+  Raises:
+    ConfigError: unknown, missing or mistyped option, or a ValueError of `build` itself.
+  """
+  converted = _check(build, options, where)
+  for name, parameter in _options(build).items():
+    if name not in converted and parameter.default is inspect.Parameter.empty:
+      raise ConfigError(f"{where}.{name}: missing; {_title(build)} has no default for it")
+  try:
+    return build(*args, **converted)
+  except ValueError as error:
+    raise ConfigError(f"{where}: {error}") from error
+
+
+def module(package: str, name: str, *, where: str) -> types.ModuleType:
+  """The module `lopt.<package>.<name>`, or `name` itself where it has dots (a module outside of lopt).
+
+  Raises:
+    ConfigError: there is no such module, or it has no function `build`.
+  """
+  if not isinstance(name, str) or not name:
+    raise ConfigError(f"{where}: {name!r} is not the name of a module")
+  path = name if "." in name else f"lopt.{package}.{name}"
+  try:
+    found = importlib.import_module(path)
+  except ModuleNotFoundError as error:
+    if not f"{path}.".startswith(f"{error.name}."):
+      raise  # The module is there, and something that it imports is not.
+    if "." in name:
+      reason = f"no module {name!r}; is the folder that contains it on PYTHONPATH?"
+    else:
+      reason = f"no {path.replace('.', '/')}.py; {_did_you_mean(name, _choices(package))}there are: "
+      reason += f"{', '.join(_choices(package))}; or give the dotted path of a module of your own"
+    raise ConfigError(f"{where}: {reason}") from None
+  if not callable(getattr(found, "build", None)):
+    raise ConfigError(f"{where}: {path} has no function `build`; there are: {', '.join(_choices(package))}")
+  return found
+
+
+def build(package: str, section: Mapping[str, Any] | ml_collections.ConfigDict, *args: Any, where: str) -> Any:
+  """What `build(*args, **options)` of a module returns, for a section `{"name": <module>, **options}`.
+
+  Raises:
+    ConfigError: no such module, or options that it does not take.
+  """
+  options = plain(section, where)
+  if "name" not in options:
+    raise ConfigError(f"{where}.name: missing; there are: {', '.join(_choices(package))}")
+  chosen = module(package, options.pop("name"), where=f"{where}.name")
+  return call(chosen.build, options, *args, where=where)
+
+
+def choose(choices: str, **sections: Mapping[str, Mapping[str, Any]]) -> ml_collections.ConfigDict:
+  """The sections of a configuration that name a module, filled with all options of those modules.
+
+      choose("estimator=es", task={"mlp_classifier": {"width": 8}}, estimator={"pes": {"sigma": 0.1}})
+
+  returns a `task` section with the options of mlp_classifier, width 8 and the rest at its default, and an
+  `estimator` section with the defaults of es. The first name in a section is chosen unless `choices` says other.
+
+  Args:
+    choices: comma-separated section=name, or nothing.
+    **sections: section -> name -> the values that are to differ from the module's defaults.
+
+  Raises:
+    ConfigError: unknown section, unknown module, or values that its `build` does not take.
+  """
+  names = {section: next(iter(values)) for section, values in sections.items()}
+  for choice in filter(None, choices.split(",")):
+    section, _, name = choice.partition("=")
+    if section not in sections or not name:
+      raise ConfigError(f"{choice}: not a choice; write section=name, where section is: {', '.join(sections)}")
+    names[section] = name
+  config = ml_collections.ConfigDict()
+  for section, name in names.items():
+    function = module(PACKAGES[section], name, where=f"{section}={name}").build
+    values = _check(function, {**defaults(function), **sections[section].get(name, {})}, section)
+    config[section] = {"name": name}
+    for option, annotation in _annotations(function).items():
+      config[section][option] = _placeholder(annotation) if values.get(option) is None else values[option]
+  return config
+
+
+def load(path: str | Path) -> types.ModuleType:
+  """The config file `path` as a module, whose `get_config(choices)` returns a configuration.
+
+  With it one config file builds on another wherever both lie, without a change of sys.path.
+  """
+  spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+  assert spec is not None
+  assert spec.loader is not None
+  found = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(found)
+  return found
+
+
+def plain(config: Any, where: str = "config") -> Any:
+  """A configuration as JSON has it: dicts with string keys, lists for tuples, numbers, strings and None.
+
+  Raises:
+    ConfigError: a field that JSON has no form for.
+  """
+  if isinstance(config, (Mapping, ml_collections.ConfigDict)):
+    return {str(name): plain(value, f"{where}.{name}") for name, value in config.items()}
+  if isinstance(config, (list, tuple)):
+    return [plain(value, f"{where}[{i}]") for i, value in enumerate(config)]
+  if config is None or isinstance(config, (bool, int, float, str)):
+    return config
+  raise ConfigError(f"{where}: {type(config).__name__} {config!r} cannot be stored in a configuration")
+
+
+def difference(a: Any, b: Any) -> list[str]:
+  """The fields in which two configurations differ, as "estimator.sigma: 0.01 (there) != 0.02 (here)".
+
+  Args:
+    a: the configuration "there", such as one read from a file; tuples and lists are the same.
+    b: the configuration "here".
+  """
+  there, here = dict(_leaves(plain(a))), dict(_leaves(plain(b)))
+  return [
+    f"{name}: {there.get(name, 'absent')!s} (there) != {here.get(name, 'absent')!s} (here)"
+    for name in {**there, **here}
+    if there.get(name, "absent") != here.get(name, "absent")
+  ]
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """For `app.run(main, flags_parser=parse_flags)`: exits with one line where a flag or the config file is wrong.
+
+  ml_collections answers a wrong field, or an error in the config file, with its whole traceback.
+  """
+  try:
+    rest = flags.FLAGS(argv)
+    for flag in flags.FLAGS:
+      getattr(flags.FLAGS[flag].value, "lock", None)  # fails where the config file could not be read
+  except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    line = str(error.args[0] if error.args else error).strip().splitlines()[-1]
+    sys.exit(f"{Path(argv[0]).name}: {line.removeprefix(f'{ConfigError.__module__}.ConfigError: ')}")
+  return rest
+
+
+def _options(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+  parameters = inspect.signature(build).parameters.items()
+  return {name: p for name, p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _annotations(build: Callable[..., Any]) -> dict[str, Any]:
+  annotations = typing.get_type_hints(build)
+  return {name: annotations.get(name, Any) for name in _options(build)}
+
+
+def _check(build: Callable[..., Any], options: Mapping[str, Any], where: str) -> dict[str, Any]:
+  """The options with their types as annotated, all known to `build`."""
+  annotations = _annotations(build)
+  converted = {}
+  for name, value in options.items():
+    if name not in annotations:
+      takes = f"{_title(build)} takes: {', '.join(annotations) or 'no options'}"
+      raise ConfigError(f"{where}.{name}: unknown field; {_did_you_mean(name, annotations)}{takes}")
+    try:
+      converted[name] = _convert(value, annotations[name])
+    except TypeError:
+      raise ConfigError(f"{where}.{name}: {value!r} is not {_describe(annotations[name])}") from None
+  return converted
+
+
+def _convert(value: Any, annotation: Any) -> Any:
+  """`value` as the annotation has it: ints become floats and lists tuples. Raises TypeError if it is no such."""
+  origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin in (typing.Union, types.UnionType):
+    for argument in arguments:
+      with contextlib.suppress(TypeError):
+        return _convert(value, argument)
+    raise TypeError
+  if origin is Literal:
+    ok = any(value == argument and type(value) is type(argument) for argument in arguments)
+  elif origin is tuple:
+    ok = isinstance(value, (list, tuple))
+    if ok and arguments[1:] == (...,):
+      return tuple(_convert(item, arguments[0]) for item in value)
+    if ok and len(value) == len(arguments):
+      return tuple(map(_convert, value, arguments))
+    ok = False
+  elif annotation is float:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    value = float(value) if ok else value
+  elif annotation is int:
+    ok = isinstance(value, int) and not isinstance(value, bool)
+  elif annotation in (bool, str, types.NoneType):
+    ok = isinstance(value, annotation)
+  else:
+    ok = True
+  if not ok:
+    raise TypeError
+  return value
+
+
+def _describe(annotation: Any) -> str:
+  """The annotation in words, with its article."""
+  origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin in (typing.Union, types.UnionType):
+    return " or ".join(map(_describe, arguments))
+  if origin is Literal:
+    return f"one of {', '.join(map(repr, arguments))}"
+  if annotation is types.NoneType:
+    return "None"
+  name = annotation.__name__ if isinstance(annotation, type) and origin is None else str(annotation)
+  return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _placeholder(annotation: Any) -> Any:
+  """A field without a value that still has a type, so that a flag can set it."""
+  kinds = [kind for kind in typing.get_args(annotation) or (annotation,) if kind is not types.NoneType]
+  kind = typing.get_origin(kinds[0]) or kinds[0]
+  return ml_collections.config_dict.placeholder(kind if isinstance(kind, type) else object)
+
+
+def _choices(package: str) -> list[str]:
+  """The modules of a package that have a function `build`; looked up in the text, so that none is imported."""
+  folder = Path(__file__).parent / package
+  return sorted(path.stem for path in folder.glob("*.py") if "\ndef build(" in path.read_text("utf-8"))
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+  close = difflib.get_close_matches(name, list(names), n=1)
+  return f"did you mean {close[0]!r}? " if close else ""
+
+
+def _title(build: Callable[..., Any]) -> str:
+  return f"{build.__module__.rpartition('.')[2]}.{build.__qualname__}"
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+  if isinstance(value, dict):
+    for key, item in value.items():
+      yield from _leaves(item, f"{name}.{key}" if name else key)
+  else:
+    yield name, value
