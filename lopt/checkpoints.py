@@ -1,0 +1,151 @@
+"""Checkpoints of a meta-training run: everything that it needs to go on as if it had never stopped.
+
+One folder per checkpoint, `<workdir>/checkpoints/<outer step>`, written by Orbax under another name and renamed when
+complete, so that a checkpoint is whole or absent whenever the process dies.
+"""
+
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lopt.base import PyTree
+
+
+class CheckpointError(Exception):
+  """A checkpoint that cannot be written or used; one line that says which, what is wrong, and the remedy."""
+
+
+def latest_step(workdir: str | Path) -> int | None:
+  """The outer step of the newest complete checkpoint; None if there is none."""
+  return max(_steps(workdir), default=None)
+
+
+def save(workdir: str | Path, step: int, state: PyTree, *, keep: int = 3) -> None:
+  """Writes `<workdir>/checkpoints/<step>`, then deletes all but the newest `keep` checkpoints.
+
+  It is complete when the function returns.
+
+  Args:
+    workdir: of the run.
+    step: outer steps taken, at least 0 and beyond every earlier checkpoint's.
+    state: pytree of numpy or JAX arrays, which are copied to the host.
+    keep: number of checkpoints kept, at least 1.
+
+  Raises:
+    CheckpointError: it could not be written (disk full, ...); the earlier checkpoints are intact.
+  """
+  path = _path(workdir, step)
+  if (latest := latest_step(workdir)) is not None and step <= latest:
+    raise CheckpointError(f"{path}: {_path(workdir, latest)} is as new or newer; delete it, or use another workdir")
+  arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(state).items()}
+  # Orbax neither stores arrays of size zero nor notices a flipped bit: the manifest sees to both.
+  manifest = {name: {**_describe(array), "crc32": _checksum(array)} for name, array in arrays.items()}
+  items = {"manifest": ocp.args.JsonSave(manifest)}
+  if stored := {name: array for name, array in arrays.items() if array.size}:
+    items["state"] = ocp.args.StandardSave(stored)
+  try:
+    with _manager(workdir, max_to_keep=keep, cleanup_tmp_directories=True) as manager:
+      manager.save(step, args=ocp.args.Composite(**items), force=True)
+  except Exception as error:  # Orbax and TensorStore have no error type of their own
+    for partial in path.parent.glob(f"{step}.orbax-checkpoint-tmp*"):
+      shutil.rmtree(partial, ignore_errors=True)  # what little there is of it may fill the disk
+    raise CheckpointError(f"{path}: cannot be written: {_reason(error)}; earlier checkpoints are intact") from error
+
+
+def restore(workdir: str | Path, like: PyTree, step: int | None = None) -> PyTree:
+  """The state of a checkpoint, bit for bit, as numpy arrays in the structure of `like`.
+
+  Args:
+    workdir: of the run.
+    like: a state, or `jax.ShapeDtypeStruct`s, of the structure, shapes and dtypes that are expected.
+    step: which checkpoint; the newest by default.
+
+  Raises:
+    CheckpointError: there is none, it is damaged, or it is of a state of other structure, shapes or dtypes.
+  """
+  step = latest_step(workdir) if step is None else step
+  if step is None or step not in _steps(workdir):
+    raise CheckpointError(f"{Path(workdir) / 'checkpoints'}: no checkpoint {'' if step is None else step}".rstrip())
+  path = _path(workdir, step)
+  expected = {name: _describe(leaf) for name, leaf in _named_leaves(like).items()}
+  try:
+    with _manager(workdir) as manager:
+      manifest = manager.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())).manifest
+      found = {name: {"shape": leaf["shape"], "dtype": leaf["dtype"]} for name, leaf in manifest.items()}
+      if found != expected:
+        raise CheckpointError(f"{path}: {_difference(found, expected)}; {_FOREIGN}")
+      arrays = {name: np.zeros(leaf["shape"], leaf["dtype"]) for name, leaf in found.items()}
+      for name in [name for name, array in arrays.items() if array.size]:
+        # One at a time: where the first is damaged, all reads under way would print a traceback each.
+        one = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
+        arguments = ocp.args.PyTreeRestore(item=one, restore_args=one, partial_restore=True)
+        arrays |= manager.restore(step, args=ocp.args.Composite(state=arguments)).state
+  except CheckpointError:
+    raise
+  except Exception as error:  # as above
+    raise CheckpointError(f"{path}: damaged: {_reason(error)}; {_remedy(workdir, step)}") from error
+  for name, array in arrays.items():
+    if _describe(array) != expected[name] or _checksum(array) != manifest[name]["crc32"]:
+      raise CheckpointError(f"{path}: damaged: {name} is not what was saved; {_remedy(workdir, step)}")
+  return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in expected])
+
+
+_FOREIGN = "use the configuration that it was made with, or another workdir"
+
+
+def _path(workdir: str | Path, step: int) -> Path:
+  return Path(workdir) / "checkpoints" / str(step)
+
+
+def _steps(workdir: str | Path) -> list[int]:
+  folder = Path(workdir) / "checkpoints"
+  return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
+
+
+def _manager(workdir: str | Path, **options: Any) -> ocp.CheckpointManager:
+  folder = (Path(workdir) / "checkpoints").absolute()
+  # Synchronous, so that nothing is under way when `save` returns.
+  return ocp.CheckpointManager(
+    folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
+  )
+
+
+def _named_leaves(tree: PyTree) -> dict[str, Any]:
+  return {f"state{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _describe(array: Any) -> dict[str, Any]:
+  return {"shape": list(np.shape(array)), "dtype": str(array.dtype)}
+
+
+def _checksum(array: np.ndarray) -> int:
+  return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data) if array.size else 0
+
+
+def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
+  """The first leaf that differs, in words."""
+  for name in {**expected, **found}:
+    if found.get(name) != expected.get(name):
+      there, here = (
+        f"{leaf['dtype']}{leaf['shape']}" if leaf else "absent" for leaf in (found.get(name), expected.get(name))
+      )
+      return f"{name} is {there} in the checkpoint and {here} in this run"
+  return "its arrays are in another order than this run's"
+
+
+def _remedy(workdir: str | Path, step: int) -> str:
+  earlier = [s for s in _steps(workdir) if s < step]
+  return f"delete it to go on from {f'step {earlier[-1]}' if earlier else 'the start'}"
+
+
+def _reason(error: Exception) -> str:
+  """What an exception says, in one line without its type's stack of contexts."""
+  text = " ".join(str(error).split()) or type(error).__name__
+  if "No space left" in text or "ENOSPC" in text:
+    return "no space left on the disk"
+  return text if len(text) <= 200 else f"{text[:200]}..."
