@@ -1,0 +1,154 @@
+"""Trained optimizers: one safetensors file with θ and, in its header, the configuration that it needs.
+
+    optimizer = lopt.load("runs/digits")
+    tx = optimizer(num_steps=10_000)  # an optax.GradientTransformationExtraArgs
+
+Leaves of θ are named by their path in the pytree, such as `mlp/~/linear_0/w`. The header has the strings
+
+    format          "lopt optimizer"
+    format_version  "1"
+    lopt_version    of the lopt that wrote the file
+    outer_steps     meta-training steps that made θ
+    architecture    JSON: {"name": "mlp", **options}, all that is needed to use θ
+    config          JSON: the whole configuration of the meta-training run, for the record
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import safetensors
+import safetensors.numpy
+
+import lopt
+from lopt import configuration
+from lopt.base import LearnedOptimizer, Theta
+from lopt.files import write_atomically
+
+FILENAME = "optimizer.safetensors"
+_FORMAT = {"format": "lopt optimizer", "format_version": "1"}
+
+
+class LoadError(Exception):
+  """A file that is no trained optimizer, or not one that this lopt can use; one line that says why."""
+
+
+class TrainedOptimizer(NamedTuple):
+  """A learned optimizer with its θ: `optimizer(num_steps=10_000)` is an Optax transformation."""
+
+  theta: Theta
+  """The trained meta-parameters."""
+  architecture: LearnedOptimizer
+  """What they are the meta-parameters of."""
+  config: dict[str, Any]
+  """The configuration of the run that trained them."""
+
+  def __call__(self, num_steps: int) -> optax.GradientTransformationExtraArgs:
+    """The transformation for an inner run of `num_steps` steps: `tx.update(grads, state, params, value=loss)`.
+
+    Raises:
+      ValueError: `num_steps` is below 1.
+    """
+    if num_steps < 1:
+      raise ValueError(f"num_steps: {num_steps} is not a number of training steps; it must be at least 1")
+    return self.architecture.transform(self.theta, num_steps)
+
+
+def export(
+  path: str | Path, theta: Theta, config: Mapping[str, Any] | ml_collections.ConfigDict, *, outer_steps: int
+) -> None:
+  """Writes the trained optimizer `path`, whole or not at all.
+
+  Args:
+    path: of the file, such as `runs/digits/optimizer.safetensors`.
+    theta: pytree of arrays.
+    config: of the run; its section `architecture` is what `load` builds the optimizer from.
+    outer_steps: meta-training steps that made θ.
+
+  Raises:
+    OSError: the file cannot be written.
+  """
+  plain = configuration.plain(config)
+  header = {
+    **_FORMAT,
+    "lopt_version": lopt.__version__,
+    "outer_steps": str(outer_steps),
+    "architecture": json.dumps(plain["architecture"]),
+    "config": json.dumps(plain),
+  }
+  arrays = {name: np.ascontiguousarray(leaf) for name, leaf in _named_leaves(theta).items()}
+  write_atomically(path, safetensors.numpy.save(arrays, header))
+
+
+def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """The arrays of a trained optimizer, by name, and its header, without building anything.
+
+  Args:
+    path: the file, or the folder that has it as `optimizer.safetensors`.
+
+  Raises:
+    LoadError: no such file, not a trained optimizer, damaged, or of a format version unknown here.
+  """
+  path = Path(path)
+  path = path / FILENAME if path.is_dir() else path
+  if not path.is_file():
+    raise LoadError(f"{path}: no such file; expected a trained optimizer, or a folder with {FILENAME}")
+  try:
+    with safetensors.safe_open(path, framework="np") as file:
+      header = file.metadata() or {}
+      arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+  except (safetensors.SafetensorError, OSError, TypeError) as error:
+    raise LoadError(f"{path}: damaged, or not a safetensors file ({error})") from error
+  if header.get("format") != _FORMAT["format"]:
+    raise LoadError(f"{path}: a safetensors file, but not one that lopt wrote: its header names no lopt format")
+  if header.get("format_version") != _FORMAT["format_version"]:
+    raise LoadError(
+      f"{path}: format version {header.get('format_version')}, and this lopt {lopt.__version__} reads "
+      f"{_FORMAT['format_version']}; it was written by lopt {header.get('lopt_version')}"
+    )
+  if missing := {"architecture", "config"} - header.keys():
+    raise LoadError(f"{path}: damaged: its header lacks {', '.join(sorted(missing))}")
+  return arrays, header
+
+
+def load(path: str | Path) -> TrainedOptimizer:
+  """A trained optimizer, ready for use: `load(path)(num_steps=10_000)` is an Optax transformation.
+
+  Args:
+    path: the file, or the folder that has it as `optimizer.safetensors`.
+
+  Raises:
+    LoadError: no such file, not a trained optimizer, damaged, or θ does not fit the architecture.
+  """
+  arrays, header = read(path)
+  try:
+    section, config = json.loads(header["architecture"]), json.loads(header["config"])
+    architecture = configuration.build("architectures", section, where="architecture")
+  except ValueError as error:  # which a JSON error and a ConfigError are
+    raise LoadError(f"{path}: cannot build the architecture in its header: {error}") from error
+  like = jax.eval_shape(architecture.init, jax.random.key(0))
+  found = {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
+  expected = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named_leaves(like).items()}
+  for name in {**expected, **found}:
+    there, here = found.get(name, "absent"), expected.get(name, "absent")
+    if there != here:
+      title = f"architecture {section['name']!r}"
+      raise LoadError(
+        f"{path}: θ does not fit the {title}: {name} is {there} in the file and {here} in the {title}"
+      )
+  theta = jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in expected])
+  return TrainedOptimizer(theta, architecture, config)
+
+
+def _named_leaves(tree: Theta) -> dict[str, Any]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  names = [jax.tree_util.keystr(path, simple=True, separator="/") or "theta" for path, _ in leaves]
+  if len(set(names)) < len(names):
+    raise ValueError(f"two leaves of θ have the same path, one of {', '.join(sorted(names))}")
+  return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
