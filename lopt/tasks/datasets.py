@@ -1,0 +1,358 @@
+"""Image-classification data sets as device arrays, prepared and read by tensorflow-datasets (TFDS).
+
+`load` prepares a set once (array_record files, laid out as TFDS does), decodes it once (a `.npz` beside those
+files), and from then on only reads that one file: TensorFlow is never imported, TFDS only for the first start.
+
+    digits                  1,797 digits of 8x8 pixels; comes with scikit-learn, needs no network
+    mnist, fashion_mnist    70,000 images of 28x28 pixels; downloaded, or taken from $LOPT_MANUAL_DIR/<name>/
+    any other name          of the TFDS catalogue ("cifar10", "imagenet_resized/16x16"), where it stands prepared
+                            in the data directory in array_record format
+"""
+
+import contextlib
+import difflib
+import errno
+import gzip
+import io
+import logging
+import os
+import re
+import shutil
+import tempfile
+import urllib.parse
+import urllib.request
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32, UInt8
+
+from lopt import files
+
+_log = logging.getLogger(__name__)
+
+# Sets that `load` prepares by itself -> free disk space in bytes that this takes, downloads and cache included.
+_PREPARED_HERE = {"digits": 5_000_000, "mnist": 150_000_000, "fashion_mnist": 180_000_000}
+_CACHE = "lopt_arrays.npz"
+_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+_NETWORK_TIMEOUT = 5.0  # seconds
+_DIGITS_TRAIN = 1437  # four fifths of scikit-learn's 1,797
+
+
+class Split(NamedTuple):
+  """The examples of one split, in the order that TFDS shuffled them into when it prepared the set."""
+
+  images: UInt8[Array, "examples height width channels"]
+  labels: Int32[Array, " examples"]
+
+
+class Dataset(NamedTuple):
+  """A data set on the device. Pixels are 0 ... `max_value`, labels 0 ... `num_classes` - 1."""
+
+  train: Split
+  validation: Split
+  test: Split
+  num_classes: int
+  max_value: int
+
+
+def load(name: str, *, resolution: int | None = None, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+  """Loads an image-classification set as device arrays; prepares it first where that is needed.
+
+  The test split is the official one; it is 'validation' for sets that publish no 'test', and the last 360 images
+  in scikit-learn's order for digits, which come as one. Validation is the last tenth (of digits: the last fifth)
+  of the official train split, and train the rest of that.
+
+  Args:
+    name: `digits`, `mnist`, `fashion_mnist`, or a set of the TFDS catalogue that was prepared before.
+    resolution: images are resized to resolution x resolution pixels, each the mean of the area that it covers,
+      rounded; None keeps the native size.
+    data_dir: where TFDS keeps its data; None is TFDS's own default, $TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+  The environment variable LOPT_MANUAL_DIR names a folder whose subfolders mnist/ and fashion_mnist/ hold the
+  original .gz files, for machines without a network.
+
+  Raises:
+    ValueError: no such name, a bad resolution, or not an image-classification set.
+    FileNotFoundError: the set is not prepared, and what it is prepared from cannot be had.
+    OSError: corrupt original files, a full disk, or a directory that cannot be written.
+  """
+  if resolution is not None and resolution < 1:
+    raise ValueError(f"resolution={resolution}: must be at least 1 pixel, or None for the native size")
+  root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+  if not re.fullmatch(r"\w+(/\w[\w.-]*)?", name):
+    raise _unknown(name, root)
+  directory = _newest_version(root / name)
+  if directory is None:
+    if name not in _PREPARED_HERE:
+      raise _not_prepared(name, root)
+    directory = _prepare(name, root)
+  arrays = _read_cache(directory)
+  if arrays is None:
+    arrays = _decode(name, directory)
+    _write_cache(directory, arrays)
+
+  images, labels = _resize(arrays["train_images"], resolution), arrays["train_labels"]
+  cut = len(labels) - len(labels) // (5 if name == "digits" else 10)
+  return Dataset(
+    train=Split(jnp.asarray(images[:cut]), jnp.asarray(labels[:cut])),
+    validation=Split(jnp.asarray(images[cut:]), jnp.asarray(labels[cut:])),
+    test=Split(jnp.asarray(_resize(arrays["test_images"], resolution)), jnp.asarray(arrays["test_labels"])),
+    num_classes=int(arrays["num_classes"]),
+    max_value=16 if name == "digits" else 255,
+  )
+
+
+def _newest_version(folder: Path) -> Path | None:
+  """The prepared `<folder>/<x.y.z>` of the highest version; a version appears there only once it is complete."""
+  versions = [path.parent for path in folder.glob("*/dataset_info.json")]
+  versions = [path for path in versions if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
+  return max(versions, key=lambda path: [int(number) for number in path.name.split(".")], default=None)
+
+
+def _unknown(name: str, root: Path) -> ValueError:
+  infos = [*root.glob("*/*/dataset_info.json"), *root.glob("*/*/*/dataset_info.json")]
+  prepared = {path.parents[1].relative_to(root).as_posix() for path in infos}
+  names = sorted({*_PREPARED_HERE, *prepared})
+  close = difflib.get_close_matches(name, names, n=1)
+  return ValueError(
+    f"dataset={name!r} does not exist; {f'did you mean {close[0]!r}? ' if close else ''}"
+    f"There are: {', '.join(names)}, and the TFDS catalogue's image sets once they are prepared in {root}"
+  )
+
+
+def _not_prepared(name: str, root: Path) -> Exception:
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import registered
+
+  try:
+    tfds.builder_cls(name.split("/")[0])
+  except registered.DatasetNotFoundError:
+    return _unknown(name, root)
+  configs = sorted(path.parents[1].name for path in (root / name).glob("*/*/dataset_info.json"))
+  if configs:
+    return ValueError(
+      f"dataset={name!r} has several forms; prepared in {root}: {name}/{f', {name}/'.join(configs)}"
+    )
+  return FileNotFoundError(
+    f"dataset={name!r} is not prepared in {root / name}; do so once where TensorFlow is installed: "
+    f"tfds.builder({name!r}, data_dir={str(root)!r}, file_format='array_record').download_and_prepare()"
+  )
+
+
+def _prepare(name: str, root: Path) -> Path:
+  """Prepares the set in a folder of its own and moves it to its place: of several processes the first one wins."""
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+
+  manual_root = os.environ.get("LOPT_MANUAL_DIR")
+  manual_dir = Path(manual_root).expanduser() / name if manual_root else None
+  if name != "digits":
+    _check_sources(name, root, manual_dir)
+  staging = None
+  try:
+    root.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f"incomplete.{name}.", dir=root))
+    if shutil.disk_usage(root).free < _PREPARED_HERE[name]:
+      raise OSError(errno.ENOSPC, "full")
+    builder = _digits_builder(staging) if name == "digits" else _idx_builder(name, staging)
+    _log.info("preparing %s in %s", name, root)
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself by print
+      builder.download_and_prepare(
+        download_dir=root / "downloads",
+        download_config=tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False),
+      )
+    directory = root / name / builder.data_path.name
+    directory.parent.mkdir(exist_ok=True)
+    try:
+      builder.data_path.rename(directory)
+    except OSError:
+      if _newest_version(root / name) is None:  # Else another process was first, and there is nothing left to do.
+        raise
+    return directory
+  except NonMatchingChecksumError as error:
+    what = str(error).partition("\n")[0].rstrip(":")
+    raise OSError(f"dataset={name!r}: {what}; the file is corrupt: get the original, or delete it") from None
+  except OSError as error:
+    reason = files.explain(error, root / name)
+    needed = _PREPARED_HERE[name] // 1_000_000
+    raise OSError(
+      error.errno, f"dataset={name!r}: {reason.strerror}; free {needed} MB or choose another data_dir"
+    ) from error
+  finally:
+    if staging is not None:
+      shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_sources(name: str, root: Path, manual_dir: Path | None) -> None:
+  """Fails at once where TFDS would try for minutes to download what it cannot have."""
+  import tensorflow_datasets as tfds
+
+  urls = list(tfds.builder_cls(name).url_infos)
+  missing = [url for url in urls if manual_dir is None or not (manual_dir / _file_name(url)).is_file()]
+  if not missing:
+    return
+  try:
+    request = urllib.request.Request(missing[0], method="HEAD")
+    urllib.request.urlopen(request, timeout=_NETWORK_TIMEOUT).close()
+  except OSError as error:
+    where = f"in {manual_dir}" if manual_dir else "(LOPT_MANUAL_DIR is not set)"
+    raise FileNotFoundError(
+      f"dataset={name!r} is not prepared in {root / name}, its original files are missing {where}: "
+      f"{', '.join(map(_file_name, missing))}, and {urllib.parse.urlsplit(missing[0]).netloc} cannot be reached "
+      f"({error}); connect to the network, or set LOPT_MANUAL_DIR to a folder that has them in {name}/"
+    ) from None
+
+
+def _file_name(url: str) -> str:
+  return url.rpartition("/")[2]
+
+
+def _digits_builder(data_dir: Path) -> Any:
+  """A TFDS builder of scikit-learn's digits (a test set of UCI's optdigits), in the splits of `load`."""
+  import sklearn.datasets
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import registered
+
+  with registered.skip_registration():
+
+    class Digits(tfds.core.GeneratorBasedBuilder):
+      VERSION = tfds.core.Version("1.0.0")
+
+      def _info(self):
+        return tfds.core.DatasetInfo(
+          builder=self,
+          description="Handwritten digits of 8x8 pixels with values 0 to 16, from scikit-learn's load_digits.",
+          features=tfds.features.FeaturesDict(
+            {
+              "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
+              "label": tfds.features.ClassLabel(num_classes=10),
+            }
+          ),
+          supervised_keys=("image", "label"),
+          homepage="https://archive.ics.uci.edu/dataset/80",
+        )
+
+      def _split_generators(self, dl_manager):
+        digits: Any = sklearn.datasets.load_digits()
+        examples = list(enumerate(zip(digits.images, digits.target, strict=True)))
+        return {
+          "train": self._generate_examples(examples[:_DIGITS_TRAIN]),
+          "test": self._generate_examples(examples[_DIGITS_TRAIN:]),
+        }
+
+      def _generate_examples(self, examples):
+        for index, (image, label) in examples:
+          yield index, {"image": image.astype(np.uint8)[..., None], "label": int(label)}
+
+  return Digits(data_dir=data_dir, file_format="array_record")
+
+
+def _idx_builder(name: str, data_dir: Path) -> Any:
+  """The catalogue's builder of an MNIST-like set, with the three steps replaced that need TensorFlow."""
+  import PIL.Image
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import registered
+
+  stock = tfds.builder_cls(name)
+  with registered.skip_registration():
+
+    class Idx(stock):
+      def _split_generators(self, dl_manager):
+        paths = dl_manager.download({_file_name(url): url for url in self.url_infos})
+        return {
+          split: self._generate_examples(
+            paths[f"{prefix}-images-idx3-ubyte.gz"], paths[f"{prefix}-labels-idx1-ubyte.gz"]
+          )
+          for split, prefix in (("train", "train"), ("test", "t10k"))
+        }
+
+      def _generate_examples(self, images_path, labels_path):
+        # idx format: a header of 4 bytes and 4 more for each dimension, then the values; TFDS has checked the
+        # files' sha256 by now.
+        images = np.frombuffer(gzip.decompress(Path(images_path).read_bytes()), np.uint8, offset=16)
+        labels = np.frombuffer(gzip.decompress(Path(labels_path).read_bytes()), np.uint8, offset=8)
+        for index, (image, label) in enumerate(zip(images.reshape(-1, 28, 28), labels, strict=True)):
+          yield index, {"image": PIL.Image.fromarray(image), "label": int(label)}
+
+  Idx.name = name
+  return Idx(data_dir=data_dir, file_format="array_record")
+
+
+def _decode(name: str, directory: Path) -> dict[str, np.ndarray]:
+  """Reads all examples of a prepared set."""
+  import tensorflow_datasets as tfds
+
+  builder = tfds.builder_from_directory(directory)
+  file_format = getattr(builder.info.file_format, "value", None)
+  if file_format != "array_record":
+    raise ValueError(
+      f"dataset={name!r} in {directory} is in {file_format} format, which needs TensorFlow; prepare it again with "
+      "file_format='array_record'"
+    )
+  features, splits = builder.info.features, builder.info.splits
+  test = "test" if "test" in splits else "validation"
+  if not {"image", "label"} <= set(features or ()) or not {"train", test} <= set(splits):
+    raise ValueError(
+      f"dataset={name!r} in {directory} is not for image classification: that takes features image and label (it "
+      f"has {', '.join(features or ())}) and splits train and test or validation (it has {', '.join(splits)})"
+    )
+  arrays: dict[str, np.ndarray] = {"num_classes": np.int32(features["label"].num_classes)}  # pyright: ignore
+  for split, source_split in (("train", "train"), ("test", test)):
+    source: Any = builder.as_data_source(source_split)
+    examples = [
+      example
+      for start in range(0, len(source), 1024)  # batched access is twice as fast as iteration
+      for example in source.__getitems__(range(start, min(start + 1024, len(source))))
+    ]
+    shapes = {example["image"].shape for example in examples}
+    if len(shapes) != 1 or examples[0]["image"].dtype != np.uint8:
+      raise ValueError(f"dataset={name!r} in {directory}: its images are not uint8 of one size, but {shapes}")
+    arrays[f"{split}_images"] = np.stack([example["image"] for example in examples])
+    arrays[f"{split}_labels"] = np.array([int(example["label"]) for example in examples], np.int32)
+  return arrays
+
+
+def _read_cache(directory: Path) -> dict[str, np.ndarray] | None:
+  """The decoded set; None where there is none that can be read whole (the archive has check sums)."""
+  try:
+    with np.load(directory / _CACHE, allow_pickle=False) as cache:
+      return {key: cache[key] for key in (*_ARRAYS, "num_classes")}
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    _log.warning("%s is decoded again: cannot read %s (%s)", directory, _CACHE, error)
+    return None
+
+
+def _write_cache(directory: Path, arrays: dict[str, np.ndarray]) -> None:
+  buffer = io.BytesIO()
+  np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]
+  try:
+    files.write_atomically(directory / _CACHE, buffer.getvalue())
+  except OSError as error:  # A set in a directory that others own can be used, only starts slowly.
+    _log.warning("%s is decoded again at each start: %s", directory, error.strerror)
+
+
+def _resize(images: np.ndarray, resolution: int | None) -> np.ndarray:
+  """Area average: with box weights W of shape [resolution, size], each image X becomes W_rows · X · W_columnsᵀ."""
+  if resolution is None or images.shape[1:3] == (resolution, resolution):
+    return images
+  rows, columns = (_box_weights(size, resolution) for size in images.shape[1:3])
+  resized = np.empty((len(images), resolution, resolution, images.shape[3]), np.uint8)
+  for start in range(0, len(images), 4096):  # floats for all images at once would take 4 times their memory
+    part = images[start : start + 4096].astype(np.float32)
+    mean = np.einsum("ri,nijc,sj->nrsc", rows, part, columns, optimize=True)
+    resized[start : start + 4096] = np.rint(mean)
+  return resized
+
+
+def _box_weights(size: int, resolution: int) -> np.ndarray:
+  """weights[r, i]: the part of output pixel r, which spans size / resolution input pixels, that pixel i covers."""
+  edges = np.linspace(0, size, resolution + 1)
+  pixels = np.arange(size)
+  overlap = np.minimum(edges[1:, None], pixels[None] + 1) - np.maximum(edges[:-1, None], pixels[None])
+  return (np.maximum(overlap, 0) * resolution / size).astype(np.float32)
