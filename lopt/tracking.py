@@ -1,0 +1,181 @@
+"""What a run reports: always to `<workdir>/metrics.jsonl`, and to Weights & Biases where that is possible.
+
+`metrics.jsonl` has one JSON object a line, such as {"step": 10, "meta_loss": 0.81}. JSON knows no NaN or infinity:
+they are written as null.
+
+Weights & Biases is an extra that never stands in the way: without credentials or a network the run is recorded
+offline, in `<workdir>/wandb`, to be uploaded by `wandb sync`. It never prompts.
+"""
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from lopt.files import explain, write_atomically
+
+Mode = Literal["auto", "online", "offline", "disabled"]
+
+_INIT_TIMEOUT = 20  # seconds to reach the W&B server at the start of a run
+_FINISH_TIMEOUT = 60  # seconds to upload what is left at its end
+
+
+class Tracker(NamedTuple):
+  """Where a run's metrics go."""
+
+  log: Callable[[int, Mapping[str, Any]], None]
+  """`(step, metrics)`: records scalars, after `step` outer steps. Steps do not decrease."""
+  log_image: Callable[[int, str, str | os.PathLike[str]], None]
+  """`(step, name, path)`: records the image file `path`; only Weights & Biases keeps it."""
+  finish: Callable[[], None]
+  """Flushes and closes. Nothing can be logged after."""
+
+
+def start(
+  workdir: str | os.PathLike[str],
+  config: Mapping[str, Any],
+  *,
+  wandb_mode: Mode = "auto",
+  resume_step: int | None = None,
+) -> Tracker:
+  """Begins or resumes tracking.
+
+  A resumed run continues the same Weights & Biases run, and its metrics.jsonl reads as if it had never been
+  interrupted: records of steps after `resume_step`, which will be logged again, and a line that was cut off are
+  dropped. So log the metrics of a step before its checkpoint is saved.
+
+  Args:
+    workdir: of the run.
+    config: what to show as the run's configuration; JSON types only.
+    wandb_mode: 'auto': what the environment variable WANDB_MODE says; where it is not set, online if there are
+      credentials (WANDB_API_KEY, `wandb login`), else offline.
+    resume_step: outer step of the checkpoint that the run goes on from; None for a new run.
+
+  Raises:
+    ValueError: unknown mode.
+    OSError: metrics.jsonl cannot be written.
+  """
+  workdir = Path(workdir)
+  mode = os.environ.get("WANDB_MODE", "auto") if wandb_mode == "auto" else wandb_mode
+  mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # W&B's older names
+  if mode not in ("auto", "online", "offline", "disabled"):
+    raise ValueError(f"W&B mode: must be auto, online, offline or disabled, not {mode!r}")
+  path = workdir / "metrics.jsonl"
+  write_atomically(path, "" if resume_step is None else _records_until(path, resume_step))
+  file = path.open("a", encoding="utf-8")
+  run = None if mode == "disabled" else _start_wandb(workdir, config, mode, resumed=resume_step is not None)
+
+  def to_wandb(step: int, values: Mapping[str, Any]) -> None:
+    nonlocal run
+    try:
+      if run is not None:
+        run.log({"outer_step": step, **values})
+    except Exception as error:  # whatever it is, it is not worth the run
+      _warn(f"logging failed, and is off from here on ({_reason(error)})")
+      run = None
+
+  def log(step: int, metrics: Mapping[str, Any]) -> None:
+    values = {name: float(value) for name, value in metrics.items()}
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    try:
+      file.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
+      file.flush()  # to the operating system: it survives the process, and whoever watches sees it
+    except OSError as error:
+      raise explain(error, path) from error
+    to_wandb(int(step), values)
+
+  def log_image(step: int, name: str, path: str | os.PathLike[str]) -> None:
+    if run is not None:
+      import wandb  # here, as it is slow to import and often not wanted
+
+      to_wandb(step, {name: wandb.Image(os.fspath(path))})
+
+  def finish() -> None:
+    file.close()
+    try:
+      if run is not None:
+        run.finish()
+    except Exception as error:
+      _warn(f"upload was not completed ({_reason(error)}); what is missing is in {workdir / 'wandb'}")
+
+  return Tracker(log, log_image, finish)
+
+
+def _records_until(path: Path, step: int) -> str:
+  """The lines of a metrics.jsonl up to a step, without one that was cut off."""
+  kept = []
+  for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.exists() else ():
+    try:
+      if line.endswith("\n") and json.loads(line)["step"] <= step:
+        kept.append(line)
+    except (ValueError, TypeError, KeyError):
+      continue
+  return "".join(kept)
+
+
+def _start_wandb(workdir: Path, config: Mapping[str, Any], mode: str, *, resumed: bool) -> Any:
+  """The W&B run, online or else offline; None if neither can be."""
+  try:
+    import wandb  # here, as it is slow to import and often not wanted
+
+    wandb.setup(wandb.Settings(silent=True))
+    if mode != "offline" and not _has_credentials(wandb):
+      if mode == "online":
+        _warn("no credentials (run `wandb login`, or set WANDB_API_KEY): recording offline")
+      mode = "offline"
+    identity = workdir / "wandb_run_id"
+    if not (resumed and identity.exists()):
+      write_atomically(identity, secrets.token_hex(4))
+    run_id = identity.read_text("utf-8").strip()
+  except Exception as error:
+    _warn(f"cannot be used ({_reason(error)}): metrics go to metrics.jsonl only")
+    return None
+  for attempt in ("offline",) if mode == "offline" else ("online", "offline"):
+    try:
+      run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "lopt"),
+        name=workdir.absolute().name,
+        id=run_id,
+        resume="allow",
+        dir=workdir,
+        config=dict(config),
+        mode=attempt,
+        settings=wandb.Settings(
+          silent=True,
+          console="off",
+          init_timeout=_INIT_TIMEOUT,
+          finish_timeout=_FINISH_TIMEOUT,
+        ),
+      )
+      # Our own axis, because W&B drops what is logged for a step below its newest, as after a resumption.
+      run.define_metric("outer_step")
+      run.define_metric("*", step_metric="outer_step")
+    except Exception as error:
+      rest = "recording offline" if attempt == "online" else "metrics go to metrics.jsonl only"
+      _warn(f"cannot start {attempt} ({_reason(error)}): {rest}")
+      with contextlib.suppress(Exception):
+        wandb.teardown()  # or else the run id stays in use
+    else:
+      return run
+  return None
+
+
+def _has_credentials(wandb: Any) -> bool:
+  try:
+    return wandb.login(prompt=False, verify=False)
+  except Exception as error:
+    _warn(f"credentials are not valid ({_reason(error)})")
+    return False
+
+
+def _warn(message: str) -> None:
+  print(f"Weights & Biases: {message}", file=sys.stderr)
+
+
+def _reason(error: Exception) -> str:
+  return str(error).strip().partition("\n")[0] or type(error).__name__
