@@ -1,0 +1,115 @@
+"""The per-parameter MLP optimizer.
+
+L. Metz, N. Maheswaranathan, J. Nixon, C. D. Freeman, J. Sohl-Dickstein, "Understanding and correcting pathologies in
+the training of learned optimizers", ICML 2019.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from lopt import base
+
+MOMENTUM_DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
+TIME_SCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)  # inner steps
+
+
+class LinearWeights(hk.Module):
+  """The parameters of an `hk.Linear`, for products in a layout that `hk.Linear` does not have."""
+
+  def __call__(self, fan_in: int, size: int) -> tuple[Float[Array, "fan_in size"], Float[Array, " size"]]:
+    w = hk.get_parameter("w", (fan_in, size), init=hk.initializers.TruncatedNormal(1 / math.sqrt(fan_in)))
+    return w, hk.get_parameter("b", (size,), init=jnp.zeros)
+
+
+class MLPState(NamedTuple):
+  """What the optimizer remembers of an inner run."""
+
+  count: Int[Array, ""]  # inner steps taken
+  momenta: base.PyTree  # like the parameters, with the six decays on a leading axis
+
+
+def build(
+  *,
+  hidden_sizes: tuple[int, ...] = (32, 32),
+  step_multiplier: float = 1e-3,
+  exp_multiplier: float = 1e-3,
+  epsilon: float = 1e-5,
+) -> base.LearnedOptimizer:
+  """One small MLP, applied to every inner parameter on its own.
+
+  For each parameter p with gradient g and momenta m_β ← β m_β + (1 - β) g, the inputs are (g, p, m_β for six β), each
+  divided by its root mean square √(mean x² + ε) over the tensor, and tanh(t/τ - 1) of the step t at eleven time
+  scales τ. From the network's two outputs d, a the update is
+
+      Δp = -λ₁ d exp(λ₂ a).
+
+  Args:
+    hidden_sizes: Widths of the hidden layers; 19 inputs and two layers of 32 make 1,762 meta-parameters.
+    step_multiplier: λ₁.
+    exp_multiplier: λ₂.
+    epsilon: ε, below which mean squares are not normalised away.
+
+  Raises:
+    ValueError: For no hidden layer, or a width below 1.
+  """
+  if not hidden_sizes or min(hidden_sizes) < 1:
+    raise ValueError(f"hidden_sizes: needs one or more widths of at least 1, not {hidden_sizes}")
+
+  def network(
+    features: Float[Array, "8 n"], rms: Float[Array, " 8"], time: Float[Array, " 11"]
+  ) -> Float[Array, "2 n"]:
+    """The MLP on a tensor of n parameters.
+
+    Activations are feature-major, [width, n], and normalisation and time enter through the first layer's weights and
+    bias instead of through n copies: the same arithmetic as a plain MLP on 19 columns, at about 1.3 times its speed.
+    """
+    fan_in = len(rms) + len(time)
+    w, b = LinearWeights("layer_0")(fan_in, hidden_sizes[0])
+    w_features, w_time = w[: len(rms)] / rms[:, None], w[len(rms) :]
+    h = w_features.T @ features + (time @ w_time + b)[:, None]
+    for i, size in enumerate((*hidden_sizes[1:], 2), start=1):
+      w, b = LinearWeights(f"layer_{i}")(h.shape[0], size)
+      h = w.T @ jax.nn.relu(h) + b[:, None]
+    return h
+
+  net = hk.without_apply_rng(hk.transform(network))
+
+  def init(key: base.PRNGKey) -> base.Theta:
+    return net.init(key, jnp.ones((8, 1)), jnp.ones(8), jnp.ones(11))
+
+  def transform(theta: base.Theta, num_steps: Any) -> optax.GradientTransformationExtraArgs:
+    del num_steps
+    decays = jnp.array(MOMENTUM_DECAYS)
+
+    def init_fn(params):
+      momenta = jax.tree.map(lambda p: jnp.zeros((len(MOMENTUM_DECAYS), *p.shape), p.dtype), params)
+      return MLPState(jnp.zeros((), jnp.int32), momenta)
+
+    def update_fn(updates, state, params=None, **extra_args):
+      del extra_args
+      if params is None:
+        raise ValueError("the MLP optimizer needs the parameters: call update(gradients, state, params)")
+      time = jnp.tanh(state.count / jnp.array(TIME_SCALES, jnp.float32) - 1.0)
+
+      def accumulate(m, g):
+        beta = decays.reshape(-1, *[1] * g.ndim)
+        return beta * m + (1 - beta) * g
+
+      def update(g, p, m):
+        features = jnp.concatenate([g[None], p[None], m]).reshape(8, -1)
+        rms = jnp.sqrt(jnp.mean(jnp.square(features), axis=1) + epsilon)
+        direction, magnitude = net.apply(theta, features, rms, time)
+        return (-step_multiplier * direction * jnp.exp(exp_multiplier * magnitude)).reshape(p.shape)
+
+      momenta = jax.tree.map(accumulate, state.momenta, updates)
+      return jax.tree.map(update, updates, params, momenta), MLPState(state.count + 1, momenta)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+  return base.LearnedOptimizer(init, transform)

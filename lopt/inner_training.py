@@ -1,0 +1,113 @@
+"""Inner training as an unrolled computation graph: TaskFamily × LearnedOptimizer -> UnrolledProblem."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lopt import base
+
+Split = Literal["train", "validation"]
+
+
+class InnerState(NamedTuple):
+  """An inner run between two steps."""
+
+  params: base.Params
+  optimizer_state: base.State
+  task_params: base.TaskParams
+  num_steps: base.Horizon  # T of this run, for optimizers that use it
+
+
+def build(
+  family: base.TaskFamily,
+  optimizer: base.LearnedOptimizer,
+  *,
+  horizon: Callable[[base.PRNGKey], base.Horizon],
+  meta_loss: Split = "train",
+) -> base.UnrolledProblem:
+  """Trains a freshly drawn task of the family in every episode.
+
+  A step draws a training batch, and updates the inner parameters by the optimizer that θ makes. Its loss L_t is, by
+  `meta_loss`, the normalised loss of
+
+  - 'train': that batch, before the update: the training curve that one would look at;
+  - 'validation': a validation batch, after the update.
+
+  Args:
+    family: Where tasks come from.
+    optimizer: What is meta-trained. Its initial state must not depend on θ's values (NaN if it does: an episode
+      outlives many θ).
+    horizon: Draws the number of inner steps of an episode.
+    meta_loss: Whose loss the outer problem minimises.
+
+  Raises:
+    ValueError: For another `meta_loss`.
+  """
+  if meta_loss not in get_args(Split):
+    raise ValueError(f"meta_loss: must be one of {', '.join(get_args(Split))}, not {meta_loss!r}")
+
+  def init(key: base.PRNGKey, num_steps: base.Horizon) -> InnerState:
+    task_key, params_key, theta_key = jax.random.split(key, 3)
+    task_params = family.sample(task_key)
+    params = family.init(params_key, task_params)
+    no_theta = jax.tree.map(
+      lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(optimizer.init, theta_key)
+    )
+    optimizer_state = optimizer.transform(no_theta, num_steps).init(params)
+    return InnerState(params, optimizer_state, task_params, num_steps)
+
+  def step(theta: base.Theta, state: InnerState, key: base.PRNGKey) -> tuple[InnerState, base.Scalar]:
+    train_key, validation_key = jax.random.split(key)
+    params, optimizer_state, loss = train_step(
+      family,
+      optimizer.transform(theta, state.num_steps),
+      train_key,
+      state.params,
+      state.optimizer_state,
+      state.task_params,
+    )
+    if meta_loss == "validation":
+      batch_key, loss_key = jax.random.split(validation_key)
+      batch = family.batch(batch_key, state.task_params, "validation")
+      loss, _ = family.loss(params, loss_key, batch, state.task_params)
+    normalized = family.normalize(loss, state.task_params)
+    return state._replace(params=params, optimizer_state=optimizer_state), normalized
+
+  return base.UnrolledProblem(horizon, init, step, family.loss_cap)
+
+
+def train_step(
+  family: base.TaskFamily,
+  tx: optax.GradientTransformationExtraArgs,
+  key: base.PRNGKey,
+  params: base.Params,
+  optimizer_state: base.State,
+  task_params: base.TaskParams,
+) -> tuple[base.Params, base.State, base.Scalar]:
+  """One inner step on one training batch: new parameters, new optimizer state, the loss before the update."""
+  batch_key, loss_key = jax.random.split(key)
+  batch = family.batch(batch_key, task_params, "train")
+  (loss, _), gradients = jax.value_and_grad(family.loss, has_aux=True)(params, loss_key, batch, task_params)
+  updates, optimizer_state = tx.update(gradients, optimizer_state, params, value=loss)
+  return optax.apply_updates(params, updates), optimizer_state, loss
+
+
+def log_uniform_horizon(minimum: int, maximum: int) -> Callable[[base.PRNGKey], base.Horizon]:
+  """Horizons T with log T uniform, rounded down to whole steps in minimum..maximum (both included).
+
+  Raises:
+    ValueError: Unless 1 ≤ minimum ≤ maximum.
+  """
+  if not 1 <= minimum <= maximum:
+    raise ValueError(f"horizon: needs 1 <= min <= max, not min={minimum}, max={maximum}")
+
+  def horizon(key: base.PRNGKey) -> base.Horizon:
+    if minimum == maximum:
+      return jnp.int32(minimum)
+    log_t = jax.random.uniform(key, (), minval=jnp.log(float(minimum)), maxval=jnp.log(maximum + 1.0))
+    return jnp.clip(jnp.exp(log_t).astype(jnp.int32), minimum, maximum)
+
+  return horizon

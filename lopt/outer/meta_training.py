@@ -1,0 +1,140 @@
+"""The outer loop: estimate the meta-gradient, update θ, again."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lopt import base
+from lopt.outer import parallel
+
+
+class MetaState(NamedTuple):
+  """All that continues from one outer step to the next, as it lies on the devices and in checkpoints alike."""
+
+  theta: base.Theta
+  optimizer_state: base.State
+  particles: base.State  # the estimator's state, leaves [N, ...]
+
+
+class Trainer(NamedTuple):
+  """Meta-training as three functions; between calls, all is in the `MetaState`."""
+
+  init: Callable[[], MetaState]
+  """The state before outer step 0."""
+  load: Callable[[MetaState], MetaState]
+  """A state of host arrays (from a checkpoint), checked against `init`'s shapes by who restores it."""
+  advance: Callable[[int, MetaState], tuple[MetaState, dict[str, np.ndarray]]]
+  """`(outer_step, state) -> (state, metrics)`: the next `steps_per_call` outer steps, one compiled program. Consumes
+  the state. Metrics have one value for each outer step."""
+
+
+def outer_optimizer(
+  num_steps: int,
+  *,
+  learning_rate: float = 1e-3,
+  warmup_steps: int = 50,
+  final_fraction: float = 0.03,
+  weight_decay: float = 0.0,
+  clip_norm: float = 1.0,
+) -> optax.GradientTransformation:
+  """AdamW on clipped meta-gradients, its learning rate warmed up linearly and decayed by a cosine.
+
+  Args:
+    num_steps: Outer steps of the whole run.
+    learning_rate: At the end of the warm-up.
+    warmup_steps: Outer steps from 0 to the full learning rate.
+    final_fraction: The last learning rate, as a fraction of the full one.
+    weight_decay: Decoupled, per unit of learning rate.
+    clip_norm: The largest norm that a meta-gradient enters Adam with.
+
+  Raises:
+    ValueError: For a setting out of its range.
+  """
+  for name, value in {"learning_rate": learning_rate, "clip_norm": clip_norm}.items():
+    if not value > 0:
+      raise ValueError(f"{name}: must be above 0, not {value}")
+  for name, value in {"weight_decay": weight_decay, "final_fraction": final_fraction}.items():
+    if not value >= 0:
+      raise ValueError(f"{name}: must be at least 0, not {value}")
+  if not 0 <= warmup_steps < num_steps:
+    raise ValueError(
+      f"warmup_steps: must be in 0..{num_steps - 1}, below the number of outer steps, not {warmup_steps}"
+    )
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, learning_rate, warmup_steps, num_steps, learning_rate * final_fraction
+  )
+  return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay))
+
+
+def build(
+  estimator: base.GradientEstimator,
+  init_theta: Callable[[base.PRNGKey], base.Theta],
+  optimizer: optax.GradientTransformation,
+  *,
+  seed: int,
+  steps_per_call: int = 1,
+) -> Trainer:
+  """One outer step: gradient estimate on all devices, their mean, an Optax update, all in one compiled program.
+
+  Outer step i uses a key that depends on (seed, i) alone, so a run that is interrupted and continued, or cut into
+  calls, draws the same random numbers.
+
+  Args:
+    estimator: Of the meta-gradient.
+    init_theta: Draws the first θ.
+    optimizer: Of θ.
+    seed: Everything random follows from it.
+    steps_per_call: Outer steps that one call of `advance` takes.
+  """
+  theta_key, particles_key, steps_key = jax.random.split(jax.random.key(seed), 3)
+
+  @jax.jit
+  def start() -> MetaState:
+    theta = init_theta(theta_key)
+    return MetaState(theta, optimizer.init(theta), estimator.init(particles_key, theta))
+
+  num_particles = jax.tree.leaves(jax.eval_shape(start).particles)[0].shape[0]
+  devices = parallel.num_devices(num_particles)
+  averaged = parallel.averaged(estimator)
+
+  def outer_step(carry, step):
+    (theta, optimizer_state), particles = carry
+    key = jax.random.fold_in(steps_key, step)
+    gradient, particles, metrics = averaged.estimate(key, theta, particles)
+    updates, optimizer_state = optimizer.update(gradient, optimizer_state, theta)
+    theta = optax.apply_updates(theta, updates)
+    square_norm = jnp.square(optax.tree.norm(gradient))
+    variance = (metrics.pop("mean_square_gradient") - square_norm) / max(num_particles - 1, 1)
+    metrics |= {
+      "inner_steps": metrics["inner_steps"] * num_particles,
+      "gradient_norm": jnp.sqrt(square_norm),
+      "gradient_standard_error": jnp.sqrt(jnp.maximum(variance, 0.0)),
+      "update_norm": optax.tree.norm(updates),
+      "theta_norm": optax.tree.norm(theta),
+    }
+    return ((theta, optimizer_state), particles), metrics
+
+  def outer_steps(first, replicated, particles):
+    steps = first + jnp.arange(steps_per_call)
+    (replicated, particles), metrics = jax.lax.scan(outer_step, (replicated, particles), steps)
+    return replicated, particles, metrics
+
+  program = parallel.spread(outer_steps, devices)
+
+  def advance(step: int, state: MetaState) -> tuple[MetaState, dict[str, np.ndarray]]:
+    replicated, particles, metrics = program(np.int32(step), state[:2], state.particles)
+    return MetaState(*replicated, particles), jax.device_get(metrics)
+
+  def load(state: MetaState) -> MetaState:
+    return state._replace(particles=parallel.split(state.particles, devices))
+
+  return Trainer(lambda: load(start()), load, advance)
+
+
+def to_host(state: MetaState) -> MetaState:
+  """The state as NumPy arrays that do not tell how many devices there were: what a checkpoint holds."""
+  return jax.device_get(state._replace(particles=parallel.join(state.particles)))

@@ -1,0 +1,63 @@
+"""Devices: the only file that knows how many there are.
+
+Every leaf of an estimator's state has the particles on its first axis (see `base.GradientEstimator`), so a state of N
+pairs is laid out as [D, N/D, ...] over D devices, each of which runs the same estimator on its share. Random numbers
+derive from a pair's index, so results do not depend on D but for the order of floating-point sums.
+"""
+
+import os
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from lopt import base
+
+AXIS = "devices"
+
+
+def use_all_cores() -> None:
+  """Makes XLA present each CPU core as a device. Call before anything else of JAX; accelerators are unaffected."""
+  jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+
+
+def num_devices(num_pairs: int) -> int:
+  """How many of the local devices to use: the largest number that divides the pairs evenly."""
+  return max(d for d in range(1, jax.local_device_count() + 1) if num_pairs % d == 0)
+
+
+def averaged(estimator: base.GradientEstimator) -> base.GradientEstimator:
+  """The estimator on one device's share of the particles, inside `spread`: results are means over all of them."""
+
+  def estimate(key, theta, state):
+    gradient, state, metrics = estimator.estimate(key, theta, state)
+    gradient, metrics = jax.lax.pmean((gradient, metrics), AXIS)
+    return gradient, state, metrics
+
+  return base.GradientEstimator(estimator.init, estimate)
+
+
+def spread(function: Callable[..., tuple], devices: int) -> Callable[[base.PyTree, base.PyTree, PyTree], tuple]:
+  """`function(step, replicated, particles) -> (replicated, particles, outputs)` as one program on all devices.
+
+  `particles` is split over devices by `split`, and its buffers are donated; all else is the same on each.
+  """
+  return jax.pmap(
+    function,
+    AXIS,
+    in_axes=(None, None, 0),
+    out_axes=(None, 0, None),
+    devices=jax.local_devices()[:devices],
+    donate_argnums=2,
+  )
+
+
+def split(state: base.State, devices: int) -> base.State:
+  """[N, ...] -> [D, N/D, ...]."""
+  return jax.tree.map(lambda x: jnp.reshape(x, (devices, -1, *x.shape[1:])), state)
+
+
+def join(state: base.State) -> base.State:
+  """[D, N/D, ...] -> [N, ...]."""
+  return jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), state)

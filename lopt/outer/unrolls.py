@@ -1,0 +1,250 @@
+"""Unrolling groups of particles: what every evolution-strategies estimator has in common.
+
+A *group* is the particles that share every random number but their perturbation: an antithetic pair, or a pair and
+the unperturbed mean. Arrays are `[group, particle, ...]`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from lopt import base
+
+Tree = TypeVar("Tree")
+Unravel = Callable[[Float[Array, " P"]], base.Theta]
+
+
+class Episodes(NamedTuple):
+  """Inner runs in progress, one to a group."""
+
+  state: base.State  # [group, particle, ...], or [group, ...] where a group has one common state
+  steps_left: Int[Array, " groups"]  # at 0, the next step begins a new episode
+
+
+class Losses(NamedTuple):
+  """What a window of K steps cost each particle, by the episode that owns the losses."""
+
+  first: Float[Array, "groups particles"]  # sum over the episode that was running when the window began
+  rest: Float[Array, "groups particles"]  # sum over the episodes that began inside the window
+  steps: Int[Array, " groups"]  # inner steps that each particle took
+  restarted: Bool[Array, " groups"]  # whether any did
+  diverged: Bool[Array, "groups particles"]  # whether any loss was capped
+
+
+def check_counts(**counts: int) -> None:
+  """Raises ValueError that names the first count below 1."""
+  for name, count in counts.items():
+    if count < 1:
+      raise ValueError(f"{name}: must be at least 1, not {count}")
+
+
+def check_sigma(sigma: float) -> None:
+  """Raises ValueError unless the perturbations' standard deviation is positive."""
+  if not sigma > 0:
+    raise ValueError(f"sigma: must be above 0, not {sigma}")
+
+
+def ravel(theta: base.Theta) -> tuple[Float[Array, " P"], Unravel]:
+  """θ as one float32 vector, and the way back; raises TypeError for leaves that cannot be perturbed."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(theta):
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+      raise TypeError(f"theta{jax.tree_util.keystr(path)}: {jnp.result_type(leaf)} is not a floating-point type")
+  return ravel_pytree(theta)
+
+
+def perturbations(keys: Key[Array, " groups"], sigma: float, theta: Float[Array, " P"]) -> Float[Array, "groups P"]:
+  """ε ~ N(0, σ²I), one a group."""
+  return sigma * jax.vmap(lambda key: jax.random.normal(key, theta.shape, theta.dtype))(keys)
+
+
+def perturbed(
+  theta: Float[Array, " P"], epsilon: Float[Array, "groups P"], *, signs: tuple[int, ...]
+) -> Float[Array, "groups particles P"]:
+  """θ + sign·ε for each particle of each group."""
+  return theta[None, None] + jnp.array(signs, theta.dtype)[None, :, None] * epsilon[:, None, :]
+
+
+def group_keys(key: base.PRNGKey, index: Int[Array, " groups"]) -> Key[Array, " groups"]:
+  """A key for each group that depends on its index alone, not on how many there are or where they run."""
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def begin(problem: base.UnrolledProblem, key: base.PRNGKey) -> tuple[base.State, base.Horizon]:
+  """A fresh episode: its first state and its length T."""
+  horizon_key, init_key = jax.random.split(key)
+  horizon = problem.horizon(horizon_key)
+  return problem.init(init_key, horizon), horizon
+
+
+def begin_groups(
+  problem: base.UnrolledProblem, keys: Key[Array, " groups"], particles: int
+) -> tuple[base.State, Int[Array, " groups"]]:
+  """Fresh episodes for groups of particles, alike within a group."""
+  state, horizon = jax.vmap(lambda key: begin(problem, key))(keys)
+  return copies(state, particles), horizon
+
+
+def copies(state: base.State, particles: int) -> base.State:
+  """One state a group, [group, ...] -> one for each of its particles, [group, particle, ...]."""
+  return jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (x.shape[0], particles, *x.shape[1:])), state)
+
+
+def first_episodes(
+  problem: base.UnrolledProblem, key: base.PRNGKey, index: Int[Array, " groups"], *, stagger: bool
+) -> Episodes:
+  """The episodes that an estimator starts with, one state a group.
+
+  Staggered, a group's first episode of length T is cut short after a uniformly drawn 1..T steps, so that from then
+  on groups are at every age at once.
+  """
+
+  def start(key: base.PRNGKey) -> tuple[base.State, base.Horizon]:
+    begin_key, cut_key = jax.random.split(key)
+    state, horizon = begin(problem, begin_key)
+    cut = jax.random.randint(cut_key, (), 1, horizon + 1, horizon.dtype)
+    return state, cut if stagger else horizon
+
+  return Episodes(*jax.vmap(start)(group_keys(key, index)))
+
+
+def advance(
+  problem: base.UnrolledProblem,
+  thetas: Float[Array, "groups particles P"],
+  unravel: Unravel,
+  state: base.State,
+  keys: Key[Array, " groups"],
+) -> tuple[base.State, Float[Array, "groups particles"], Bool[Array, "groups particles"]]:
+  """One step of every particle, its loss bounded by the problem's cap, and whether it had to be."""
+
+  def step(theta, state, key):
+    return problem.step(unravel(theta), state, key)
+
+  # The key is not mapped over a group's particles: what only depends on it (data) is computed once for them all.
+  state, loss = jax.vmap(jax.vmap(step, in_axes=(0, 0, None)))(thetas, state, keys)
+  diverged = ~(loss < problem.loss_cap)  # true for NaN
+  return state, jnp.where(diverged, problem.loss_cap, loss), diverged
+
+
+def unroll_window(
+  problem: base.UnrolledProblem,
+  thetas: Float[Array, "groups particles P"],
+  unravel: Unravel,
+  episodes: Episodes,
+  keys: Key[Array, " groups"],
+  length: int,
+) -> tuple[Episodes, Losses]:
+  """K = `length` steps of every particle; an episode that ends is followed by a fresh one within the window."""
+  groups, particles = thetas.shape[:2]
+  zeros = jnp.zeros((groups, particles), jnp.float32)
+  never = jnp.zeros((groups, particles), bool)
+
+  def body(carry, t):
+    episodes, losses = carry
+    begin_keys, step_keys = split_step_keys(keys, t)
+    ended = episodes.steps_left == 0
+    # `cond` on a scalar, outside the vmap, runs the reset only in the steps that need one.
+    state, steps_left = jax.lax.cond(
+      jnp.any(ended),
+      lambda: where_group(ended, begin_groups(problem, begin_keys, particles), tuple(episodes)),
+      lambda: tuple(episodes),
+    )
+    state, loss, diverged = advance(problem, thetas, unravel, state, step_keys)
+    restarted = losses.restarted | ended
+    losses = Losses(
+      first=losses.first + jnp.where(restarted[:, None], 0.0, loss),
+      rest=losses.rest + jnp.where(restarted[:, None], loss, 0.0),
+      steps=losses.steps + 1,
+      restarted=restarted,
+      diverged=losses.diverged | diverged,
+    )
+    return (Episodes(state, steps_left - 1), losses), None
+
+  start = (episodes, Losses(zeros, zeros, jnp.zeros(groups, jnp.int32), never[:, 0], never))
+  (episodes, losses), _ = jax.lax.scan(body, start, jnp.arange(length))
+  return episodes, losses
+
+
+def unroll_episode(
+  problem: base.UnrolledProblem,
+  thetas: Float[Array, "groups particles P"],
+  unravel: Unravel,
+  keys: Key[Array, " groups"],
+) -> Losses:
+  """One whole episode of every particle, from its first step to its last."""
+  groups, particles = thetas.shape[:2]
+  begin_keys, _ = split_step_keys(keys, 0)
+  state, horizon = begin_groups(problem, begin_keys, particles)
+
+  def body(carry):
+    t, state, total, diverged = carry
+    _, step_keys = split_step_keys(keys, t)
+    state, loss, diverged_now = advance(problem, thetas, unravel, state, step_keys)
+    running = (t < horizon)[:, None]
+    return t + 1, state, total + jnp.where(running, loss, 0.0), diverged | (diverged_now & running)
+
+  start = (0, state, jnp.zeros((groups, particles), jnp.float32), jnp.zeros((groups, particles), bool))
+  _, _, total, diverged = jax.lax.while_loop(lambda carry: carry[0] < jnp.max(horizon), body, start)
+  return Losses(total, jnp.zeros_like(total), horizon, jnp.zeros(groups, bool), diverged)
+
+
+def split_step_keys(
+  keys: Key[Array, " groups"], t: Int[Array, ""] | int
+) -> tuple[Key[Array, " groups"], Key[Array, " groups"]]:
+  """For step t of a window: the keys to begin an episode with, should one have to, and those of the step."""
+  both = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, t)))(keys)
+  return both[:, 0], both[:, 1]
+
+
+def where_group(condition: Bool[Array, " groups"], this: Tree, that: Tree) -> Tree:
+  """`this` for the groups where the condition holds, `that` for the others."""
+  return jax.tree.map(lambda x, y: jnp.where(condition.reshape(-1, *[1] * (x.ndim - 1)), x, y), this, that)
+
+
+def in_blocks(function: Callable[..., Tree], groups_per_block: int, *args: base.PyTree) -> Tree:
+  """`function(*args)`, its groups taken a block at a time, so that a block's arrays stay in the cache.
+
+  Blocks have `groups_per_block` groups, or the largest number below it that divides the number of groups.
+  """
+  groups = jax.tree.leaves(args)[0].shape[0]
+  size = max(n for n in range(1, min(groups_per_block, groups) + 1) if groups % n == 0)
+  if size == groups:
+    return function(*args)
+  blocks = jax.tree.map(lambda x: x.reshape(groups // size, size, *x.shape[1:]), args)
+  results = jax.lax.map(lambda block: function(*block), blocks)
+  return jax.tree.map(lambda x: x.reshape(groups, *x.shape[2:]), results)
+
+
+def antithetic_gradients(
+  weights: Float[Array, "groups P"],
+  losses: Float[Array, "groups particles"],
+  sigma: float,
+  steps: base.Scalar | float | int,
+) -> Float[Array, "groups P"]:
+  """Each pair's w (L⁺ - L⁻) / (2σ² steps); particles beyond the pair have no part in it."""
+  return weights * ((losses[:, :1] - losses[:, 1:2]) / (2 * sigma**2 * steps))
+
+
+def metrics(gradients: Float[Array, "groups P"], losses: Losses, steps: base.Scalar | float | int) -> base.Metrics:
+  """What estimators report, all of it means over groups.
+
+  Args:
+    gradients: Each group's own estimate.
+    losses: Of particles θ + ε, θ - ε, and maybe more that do not count for the meta-loss.
+    steps: What the sum of losses is divided by to have the mean loss per inner step.
+
+  Returns:
+    `meta_loss`, the pairs' mean loss per inner step; `diverged`, the share of particles with a capped loss;
+    `inner_steps`, how many the group took, all its particles together; `mean_square_gradient`, the groups' mean
+    |g_i|², from which follows the variance of their mean.
+  """
+  particles = losses.first.shape[1]
+  return {
+    "meta_loss": jnp.mean((losses.first + losses.rest)[:, :2]) / steps,
+    "diverged": jnp.mean(losses.diverged[:, :2].astype(jnp.float32)),
+    "inner_steps": particles * jnp.mean(losses.steps.astype(jnp.float32)),
+    "mean_square_gradient": jnp.mean(jnp.sum(jnp.square(gradients), axis=1)),
+  }

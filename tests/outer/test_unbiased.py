@@ -1,0 +1,115 @@
+"""PES and ES against exact gradients, on a problem whose smoothed objective has the same gradient as the plain one.
+
+The state is linear in θ and the loss quadratic, so Gaussian smoothing adds a constant only, and the mean of every
+unbiased estimator is the gradient that `jax.grad` gives of the whole unroll, at any σ, horizon and unroll length.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lopt import base
+from lopt.outer import es, pes
+
+A = jnp.array([[0.8, 0.3], [-0.2, 0.9]])
+B = jnp.array([[1.0, 0.5, 0.0], [0.0, -0.5, 1.0]])
+THETA = {"a": jnp.array([0.6, -0.4]), "b": jnp.array(0.8)}
+SIGMA = 0.3
+REPLICATES, PAIRS, WINDOWS, BURN_IN = 32, 64, 70, 30  # 70 windows hold whole cycles for every T and K below
+
+
+def vector(theta):
+  return jnp.append(theta["a"], theta["b"])
+
+
+def loss_weight(t):
+  """Differs from step to step, so that a loss given to the wrong episode or perturbation shows."""
+  return 1.0 + 0.5 * jnp.sin(2.0 * t)
+
+
+def problem(minimum, maximum):
+  """s_t = A s_{t-1} + B θ + x_t, L_t = w_t |s_t - 1|²/2, with T uniform in minimum..maximum (may be traced)."""
+
+  def horizon(key):
+    return jax.random.randint(key, (), minimum, maximum + 1)
+
+  def init(key, num_steps):
+    del num_steps
+    return 0.3 * jax.random.normal(key, (2,)), jnp.int32(0)
+
+  def step(theta, state, key):
+    s, t = state
+    s = A @ s + B @ vector(theta) + 0.3 * jax.random.normal(key, (2,))
+    return (s, t + 1), loss_weight(t) * 0.5 * jnp.sum(jnp.square(s - 1))
+
+  return base.UnrolledProblem(horizon, init, step)
+
+
+def exact_gradient(minimum, maximum):
+  """∇ E[Σ_t L_t] / E[T]: noise of mean zero does not enter the gradient of a quadratic."""
+
+  def total(theta, num_steps):
+    s, sum_of_losses = jnp.zeros(2), 0.0
+    for t in range(num_steps):
+      s = A @ s + B @ vector(theta)
+      sum_of_losses += loss_weight(t) * 0.5 * jnp.sum(jnp.square(s - 1))
+    return sum_of_losses
+
+  horizons = range(minimum, maximum + 1)
+  gradients = [vector(jax.grad(total)(THETA, n)) for n in horizons]
+  return np.asarray(sum(gradients) / sum(horizons))
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def replicated_means(build, minimum, maximum, windows):
+  """The estimate's mean over `windows` windows after the burn-in, for independent estimators: [REPLICATES, P]."""
+  estimator = build(problem(minimum, maximum))
+
+  def replicate(key):
+    init_key, key = jax.random.split(key)
+    state = estimator.init(init_key, THETA)
+
+    def window(state, key):
+      gradient, state, metrics = estimator.estimate(key, THETA, state)
+      return state, (vector(gradient), metrics["mean_square_gradient"])
+
+    _, (gradients, squares) = jax.lax.scan(window, state, jax.random.split(key, windows))
+    return jnp.mean(gradients[-WINDOWS:], axis=0), squares
+
+  return jax.vmap(replicate)(jax.random.split(jax.random.key(0), REPLICATES))
+
+
+def assert_unbiased(means, exact):
+  error = np.std(means, axis=0, ddof=1) / np.sqrt(len(means))
+  assert np.linalg.norm(error) <= 0.02 * np.linalg.norm(exact), "too noisy to catch a wrong weight"
+  z = (np.mean(means, axis=0) - exact) / error
+  assert np.all(np.abs(z) < 4), f"{np.mean(means, axis=0)} is {z} standard errors away from {exact}"
+
+
+HORIZONS = [(1, 1), (7, 7), (10, 10), (1, 10), (3, 13)]
+
+
+@pytest.mark.parametrize("stagger", [False, True], ids=["lockstep", "staggered"])
+@pytest.mark.parametrize("unroll_length", [1, 3, 5, 10, 16])
+def test_pes_is_unbiased(unroll_length, stagger):
+  build = partial(
+    pes.build,
+    num_pairs=PAIRS,
+    sigma=SIGMA,
+    unroll_length=unroll_length,
+    stagger=stagger,
+    pairs_per_block=PAIRS,
+  )
+  for minimum, maximum in HORIZONS:
+    means, _ = replicated_means(build, minimum, maximum, BURN_IN + WINDOWS)
+    assert_unbiased(np.asarray(means), exact_gradient(minimum, maximum))
+
+
+@pytest.mark.parametrize(("minimum", "maximum"), HORIZONS)
+def test_full_es_is_unbiased(minimum, maximum):
+  build = partial(es.build, num_pairs=PAIRS, sigma=SIGMA, pairs_per_block=PAIRS)
+  means, _ = replicated_means(build, minimum, maximum, WINDOWS)
+  assert_unbiased(np.asarray(means), exact_gradient(minimum, maximum))
