@@ -1,0 +1,54 @@
+# Everything runs in .venv, which the first target that needs it makes. `make help` lists the targets.
+
+PYTHON ?= python3
+CONFIG ?= experiments/configs/digits.py
+WORKDIR ?= runs/digits
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+COMPILE := --universal --fork-strategy fewest --python-version 3.11
+
+.DEFAULT_GOAL := help
+.PHONY: help meta-train evaluate test check format requirements clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
+
+meta-train: .venv/runtime  ## meta-train an optimizer on digits (or CONFIG=..., WORKDIR=...); resumes if interrupted
+	$(BIN)/python experiments/meta_train.py --config=$(CONFIG) --workdir=$(WORKDIR)
+
+evaluate: .venv/runtime  ## compare the optimizer trained in WORKDIR with tuned baselines on held-out tasks
+	$(BIN)/python experiments/evaluate.py --workdir=$(WORKDIR)
+
+test: .venv/dev  ## run the tests
+	$(BIN)/python -m pytest
+
+check: .venv/dev  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+format: .venv/dev  ## format, and fix what lint can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+requirements:  ## pin the newest versions that pyproject.toml allows (needs uv)
+	uv pip compile --quiet --upgrade $(COMPILE) pyproject.toml -o requirements.txt
+	uv pip compile --quiet --upgrade $(COMPILE) --extra dev -c requirements.txt pyproject.toml -o requirements-dev.txt
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps .venv/runtime and .venv/dev say that what is installed is what these files ask for.
+
+.venv/runtime: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "lopt needs Python 3.11 or newer; $(PYTHON) is %d.%d: make PYTHON=/path/to/python3.11 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(PIP_INSTALL) -r requirements.txt
+	$(PIP_INSTALL) --no-deps --editable .
+	@touch $@
+
+.venv/dev: .venv/runtime requirements-dev.txt
+	$(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@
