@@ -1,7 +1,7 @@
 """Checkpoints of a meta-training run: everything that it needs to go on as if it had never stopped.
 
-One folder per checkpoint, `<workdir>/checkpoints/<outer step>`, written by Orbax under another name and renamed when
-complete, so that a checkpoint is whole or absent whenever the process dies.
+One folder per checkpoint, `<workdir>/checkpoints/<outer step>`, written by Orbax under another name and renamed
+when complete, so that a checkpoint is whole or absent whenever the process dies.
 """
 
 import shutil
@@ -41,11 +41,13 @@ def save(workdir: str | Path, step: int, state: PyTree, *, keep: int = 3) -> Non
   """
   path = _path(workdir, step)
   if (latest := latest_step(workdir)) is not None and step <= latest:
-    raise CheckpointError(f"{path}: {_path(workdir, latest)} is as new or newer; delete it, or use another workdir")
+    raise CheckpointError(
+      f"{path}: {_path(workdir, latest)} is as new or newer; delete it, or use another workdir"
+    )
   arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(state).items()}
   # Orbax neither stores arrays of size zero nor notices a flipped bit: the manifest sees to both.
   manifest = {name: {**_describe(array), "crc32": _checksum(array)} for name, array in arrays.items()}
-  items = {"manifest": ocp.args.JsonSave(manifest)}
+  items: dict[str, Any] = {"manifest": ocp.args.JsonSave(manifest)}
   if stored := {name: array for name, array in arrays.items() if array.size}:
     items["state"] = ocp.args.StandardSave(stored)
   try:
@@ -54,7 +56,9 @@ def save(workdir: str | Path, step: int, state: PyTree, *, keep: int = 3) -> Non
   except Exception as error:  # Orbax and TensorStore have no error type of their own
     for partial in path.parent.glob(f"{step}.orbax-checkpoint-tmp*"):
       shutil.rmtree(partial, ignore_errors=True)  # what little there is of it may fill the disk
-    raise CheckpointError(f"{path}: cannot be written: {_reason(error)}; earlier checkpoints are intact") from error
+    raise CheckpointError(
+      f"{path}: cannot be written: {_reason(error)}; earlier checkpoints are intact"
+    ) from error
 
 
 def restore(workdir: str | Path, like: PyTree, step: int | None = None) -> PyTree:
@@ -70,7 +74,9 @@ def restore(workdir: str | Path, like: PyTree, step: int | None = None) -> PyTre
   """
   step = latest_step(workdir) if step is None else step
   if step is None or step not in _steps(workdir):
-    raise CheckpointError(f"{Path(workdir) / 'checkpoints'}: no checkpoint {'' if step is None else step}".rstrip())
+    raise CheckpointError(
+      f"{Path(workdir) / 'checkpoints'}: no checkpoint {'' if step is None else step}".rstrip()
+    )
   path = _path(workdir, step)
   expected = {name: _describe(leaf) for name, leaf in _named_leaves(like).items()}
   try:

@@ -15,6 +15,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 import types
 import typing
@@ -24,9 +25,12 @@ from typing import Any, Literal
 
 import ml_collections
 from absl import flags
+from ml_collections import config_dict
 
 PACKAGES = {"architecture": "architectures", "task": "tasks", "estimator": "outer"}
 """Where the module that a section of a configuration names is found: lopt/<package>/<name>.py."""
+
+_CONTRACTS = {"architectures": "LearnedOptimizer", "tasks": "TaskFamily", "outer": "GradientEstimator"}
 
 
 class ConfigError(ValueError):
@@ -126,14 +130,16 @@ def choose(choices: str, **sections: Mapping[str, Mapping[str, Any]]) -> ml_coll
     if section not in sections or not name:
       raise ConfigError(f"{choice}: not a choice; write section=name, where section is: {', '.join(sections)}")
     names[section] = name
-  config = ml_collections.ConfigDict()
+  config = {}
   for section, name in names.items():
     function = module(PACKAGES[section], name, where=f"{section}={name}").build
     values = _check(function, {**defaults(function), **sections[section].get(name, {})}, section)
-    config[section] = {"name": name}
-    for option, annotation in _annotations(function).items():
-      config[section][option] = _placeholder(annotation) if values.get(option) is None else values[option]
-  return config
+    fields = {
+      option: _placeholder(annotation) if values.get(option) is None else values[option]
+      for option, annotation in _annotations(function).items()
+    }
+    config[section] = {"name": name, **fields}
+  return ml_collections.ConfigDict(config)
 
 
 def load(path: str | Path) -> types.ModuleType:
@@ -189,7 +195,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     for flag in flags.FLAGS:
       getattr(flags.FLAGS[flag].value, "lock", None)  # fails where the config file could not be read
   except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-    line = str(error.args[0] if error.args else error).strip().splitlines()[-1]
+    line = str(error).strip().splitlines()[-1].strip()
+    line = f"the configuration has no field {line}" if isinstance(error, KeyError) else line
     sys.exit(f"{Path(argv[0]).name}: {line.removeprefix(f'{ConfigError.__module__}.ConfigError: ')}")
   return rest
 
@@ -267,13 +274,14 @@ def _placeholder(annotation: Any) -> Any:
   """A field without a value that still has a type, so that a flag can set it."""
   kinds = [kind for kind in typing.get_args(annotation) or (annotation,) if kind is not types.NoneType]
   kind = typing.get_origin(kinds[0]) or kinds[0]
-  return ml_collections.config_dict.placeholder(kind if isinstance(kind, type) else object)
+  return config_dict.placeholder(kind if isinstance(kind, type) else object)
 
 
 def _choices(package: str) -> list[str]:
-  """The modules of a package that have a function `build`; looked up in the text, so that none is imported."""
+  """The modules of a package that can be chosen; found by their text, so that none has to be imported."""
+  build_of_contract = re.compile(rf"^def build\(.*?\) -> (base\.)?{_CONTRACTS[package]}:", re.M | re.S)
   folder = Path(__file__).parent / package
-  return sorted(path.stem for path in folder.glob("*.py") if "\ndef build(" in path.read_text("utf-8"))
+  return sorted(path.stem for path in folder.glob("*.py") if build_of_contract.search(path.read_text("utf-8")))
 
 
 def _did_you_mean(name: str, names: Iterable[str]) -> str:
