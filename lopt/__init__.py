@@ -1,6 +1,6 @@
 """Meta-train learned optimizers with Persistent Evolution Strategies."""
 
 from lopt.trained import load
+from lopt.version import __version__
 
-__all__ = ["load"]
-__version__ = "0.1.0"
+__all__ = ["__version__", "load"]

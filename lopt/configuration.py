@@ -195,8 +195,11 @@ def parse_flags(argv: list[str]) -> list[str]:
     for flag in flags.FLAGS:
       getattr(flags.FLAGS[flag].value, "lock", None)  # fails where the config file could not be read
   except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-    line = str(error).strip().splitlines()[-1].strip()
-    line = f"the configuration has no field {line}" if isinstance(error, KeyError) else line
+    text = str(error.args[-1]).strip()
+    if isinstance(error, (AttributeError, KeyError)):  # how ml_collections says so
+      line = f"the configuration has no such field: {' '.join(text.split())}"
+    else:
+      line = text.splitlines()[-1].strip()  # of an error in the config file: what precedes it is the traceback
     sys.exit(f"{Path(argv[0]).name}: {line.removeprefix(f'{ConfigError.__module__}.ConfigError: ')}")
   return rest
 

@@ -26,10 +26,10 @@ import optax
 import safetensors
 import safetensors.numpy
 
-import lopt
 from lopt import configuration
 from lopt.base import LearnedOptimizer, Theta
 from lopt.files import write_atomically
+from lopt.version import __version__
 
 FILENAME = "optimizer.safetensors"
 _FORMAT = {"format": "lopt optimizer", "format_version": "1"}
@@ -77,7 +77,7 @@ def export(
   plain = configuration.plain(config)
   header = {
     **_FORMAT,
-    "lopt_version": lopt.__version__,
+    "lopt_version": __version__,
     "outer_steps": str(outer_steps),
     "architecture": json.dumps(plain["architecture"]),
     "config": json.dumps(plain),
@@ -109,7 +109,7 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     raise LoadError(f"{path}: a safetensors file, but not one that lopt wrote: its header names no lopt format")
   if header.get("format_version") != _FORMAT["format_version"]:
     raise LoadError(
-      f"{path}: format version {header.get('format_version')}, and this lopt {lopt.__version__} reads "
+      f"{path}: format version {header.get('format_version')}, and this lopt {__version__} reads "
       f"{_FORMAT['format_version']}; it was written by lopt {header.get('lopt_version')}"
     )
   if missing := {"architecture", "config"} - header.keys():

@@ -1,0 +1,3 @@
+"""The version of lopt, which trained optimizers record."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,143 @@
+"""Imports run one way. Found by reading the sources, so that imports inside functions count too."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# A module imports from the layers before its own only. A package stands for all of its files, so a new task,
+# architecture or estimator needs no line here; a new module at the top of lopt does.
+LAYERS = (
+  ("base", "files", "version"),
+  ("configuration", "checkpoints", "tracking", "architectures", "tasks", "outer"),
+  ("inner_training", "baselines", "trained"),
+  ("outer.meta_training",),
+  ("evaluation",),
+  ("report",),
+  ("",),  # lopt/__init__.py
+)
+DEVICES = {"pmap", "devices", "local_devices", "device_count", "local_device_count"}
+MAY_USE_DEVICES = "outer.parallel"
+
+
+def violations(root: Path) -> list[str]:
+  """What is wrong with the imports of `root`/lopt, one line each."""
+  sources = {_module_name(path, root): path.read_text("utf-8") for path in sorted((root / "lopt").rglob("*.py"))}
+  packages = {_module_name(path, root) for path in (root / "lopt").rglob("__init__.py")}
+  # What a configuration can choose: siblings, where they are in one package. Its other files are their helpers.
+  chosen = {name for name, source in sources.items() if "." in name and re.search(r"^def build\(", source, re.M)}
+  found = []
+  for name, source in sources.items():
+    tree = ast.parse(source)
+    layer = _layer(name)
+    if layer is None:
+      found.append(f"{name}: has no layer; give it one in {Path(__file__).name}")
+      continue
+    for other in _imports(tree, name, packages, sources):
+      other_layer = _layer(other)
+      same_package = "." in name and name.split(".")[0] == other.split(".")[0]
+      helper = same_package and other_layer == layer and other not in chosen
+      if other_layer is not None and other_layer >= layer and not helper:
+        found.append(f"{name} imports {other}")
+    if name != MAY_USE_DEVICES:
+      used = {getattr(node, "attr", getattr(node, "id", None)) for node in ast.walk(tree)}
+      used |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+      found += [f"{name} uses {use}" for use in sorted(DEVICES & {use for use in used if use})]
+  return found
+
+
+def _module_name(path: Path, root: Path) -> str:
+  parts = path.relative_to(root / "lopt").with_suffix("").parts
+  return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _layer(name: str) -> int | None:
+  for candidate in (name, name.split(".")[0]):  # a file's own layer, or that of its package
+    for layer, names in enumerate(LAYERS):
+      if candidate in names:
+        return layer
+  return None
+
+
+def _imports(tree: ast.AST, name: str, packages: set[str], modules: dict[str, str]) -> set[str]:
+  """The modules of lopt that a module imports, as names below lopt; "" is lopt itself."""
+  inside = f"lopt.{name}".rstrip(".") if name in packages else f"lopt.{name}".rpartition(".")[0]
+  paths = []
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      paths += [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      base = importlib.util.resolve_name("." * node.level + (node.module or ""), inside)
+      submodules = [f"{base}.{alias.name}" for alias in node.names]
+      submodules = [path for path in submodules if path.removeprefix("lopt.") in modules]
+      paths += submodules or [base]
+  return {path.removeprefix("lopt").removeprefix(".") for path in paths if f"{path}.".startswith("lopt.")}
+
+
+def test_imports_run_one_way():
+  assert violations(ROOT) == []
+
+
+def test_package_init_files_are_empty():
+  for package in ("architectures", "tasks", "outer"):
+    assert (ROOT / "lopt" / package / "__init__.py").read_text("utf-8").strip() == ""
+
+
+FINE = {
+  "base.py": "import jax\n",
+  "files.py": "",
+  "tracking.py": "from lopt.files import write_atomically\n",
+  "tasks/__init__.py": "",
+  "tasks/datasets.py": "from lopt import base, files\n",
+  "tasks/one.py": "from lopt import base\nfrom lopt.tasks import datasets\ndef build(): pass\n",
+  "tasks/two.py": "from lopt.tasks.datasets import load\ndef build(): pass\n",
+  "architectures/__init__.py": "",
+  "architectures/mlp.py": "from lopt import base\ndef build(): pass\n",
+  "outer/__init__.py": "",
+  "outer/es.py": "def build(): pass\n",
+  "outer/parallel.py": "import jax\njax.pmap(None, devices=jax.devices())\n",
+  "outer/meta_training.py": "from lopt.outer import parallel\nfrom lopt import inner_training\n",
+  "inner_training.py": "from lopt import base\n",
+  "evaluation.py": "from lopt.outer import meta_training\nimport lopt.tasks.one\n",
+  "report.py": "from lopt import evaluation\n",
+  "__init__.py": "from lopt.evaluation import load\n",
+}
+
+
+@pytest.mark.parametrize(
+  ("file", "code", "message"),
+  [
+    ("base.py", "from lopt import files", "base imports files"),
+    ("files.py", "import lopt.base", "files imports base"),
+    ("tracking.py", "from lopt import tasks", "tracking imports tasks"),
+    ("tracking.py", "from lopt.tasks.one import build", "tracking imports tasks.one"),
+    ("tasks/one.py", "from lopt.tasks import two", "tasks.one imports tasks.two"),
+    ("tasks/one.py", "from .two import build", "tasks.one imports tasks.two"),
+    ("tasks/one.py", "def f():\n  import lopt.tasks.two as t", "tasks.one imports tasks.two"),
+    ("tasks/datasets.py", "from lopt.tasks import two", "tasks.datasets imports tasks.two"),
+    ("tasks/one.py", "from lopt.architectures import mlp", "tasks.one imports architectures.mlp"),
+    ("tasks/one.py", "import lopt", "tasks.one imports "),
+    ("outer/es.py", "from lopt import inner_training", "outer.es imports inner_training"),
+    ("outer/es.py", "from lopt.outer import meta_training", "outer.es imports outer.meta_training"),
+    ("inner_training.py", "from lopt import evaluation", "inner_training imports evaluation"),
+    ("inner_training.py", "from lopt.outer import meta_training", "inner_training imports outer.meta_training"),
+    ("outer/meta_training.py", "from lopt import evaluation", "outer.meta_training imports evaluation"),
+    ("evaluation.py", "from lopt.report import table", "evaluation imports report"),
+    ("evaluation.py", "import jax\njax.pmap(f)", "evaluation uses pmap"),
+    ("outer/es.py", "from jax import devices", "outer.es uses devices"),
+    ("surprise.py", "", "surprise: has no layer; give it one in test_imports.py"),
+  ],
+)
+def test_a_planted_violation_is_found(tmp_path, file, code, message):
+  for name, source in FINE.items():
+    path = tmp_path / "lopt" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source)
+  assert violations(tmp_path) == []
+  path = tmp_path / "lopt" / file
+  path.write_text(f"{FINE.get(file, '')}{code}\n")
+  assert violations(tmp_path) == [message]
