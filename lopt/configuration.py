@@ -77,8 +77,6 @@ def module(package: str, name: str, *, where: str) -> types.ModuleType:
   Raises:
     ConfigError: there is no such module, or it has no function `build`.
   """
-  if not isinstance(name, str) or not name:
-    raise ConfigError(f"{where}: {name!r} is not the name of a module")
   path = name if "." in name else f"lopt.{package}.{name}"
   try:
     found = importlib.import_module(path)
@@ -88,12 +86,19 @@ def module(package: str, name: str, *, where: str) -> types.ModuleType:
     if "." in name:
       reason = f"no module {name!r}; is the folder that contains it on PYTHONPATH?"
     else:
-      reason = f"no {path.replace('.', '/')}.py; {_did_you_mean(name, _choices(package))}there are: "
-      reason += f"{', '.join(_choices(package))}; or give the dotted path of a module of your own"
+      reason = f"no {path.replace('.', '/')}.py; {_did_you_mean(name, choices(package))}there are: "
+      reason += f"{', '.join(choices(package))}; or give the dotted path of a module of your own"
     raise ConfigError(f"{where}: {reason}") from None
   if not callable(getattr(found, "build", None)):
-    raise ConfigError(f"{where}: {path} has no function `build`; there are: {', '.join(_choices(package))}")
+    raise ConfigError(f"{where}: {path} has no function `build`; there are: {', '.join(choices(package))}")
   return found
+
+
+def choices(package: str) -> list[str]:
+  """The modules of lopt/<package> that can be named; found by their text, so that none has to be imported."""
+  build_of_contract = re.compile(rf"^def build\(.*?\) -> (base\.)?{_CONTRACTS[package]}:", re.M | re.S)
+  folder = Path(__file__).parent / package
+  return sorted(path.stem for path in folder.glob("*.py") if build_of_contract.search(path.read_text("utf-8")))
 
 
 def build(package: str, section: Mapping[str, Any] | ml_collections.ConfigDict, *args: Any, where: str) -> Any:
@@ -103,32 +108,33 @@ def build(package: str, section: Mapping[str, Any] | ml_collections.ConfigDict, 
     ConfigError: no such module, or options that it does not take.
   """
   options = plain(section, where)
-  if "name" not in options:
-    raise ConfigError(f"{where}.name: missing; there are: {', '.join(_choices(package))}")
-  chosen = module(package, options.pop("name"), where=f"{where}.name")
+  name = options.pop("name", None)
+  if not isinstance(name, str):
+    raise ConfigError(f"{where}.name: {name!r} names no module; there are: {', '.join(choices(package))}")
+  chosen = module(package, name, where=f"{where}.name")
   return call(chosen.build, options, *args, where=where)
 
 
-def choose(choices: str, **sections: Mapping[str, Mapping[str, Any]]) -> ml_collections.ConfigDict:
+def choose(picks: str, **sections: Mapping[str, Mapping[str, Any]]) -> ml_collections.ConfigDict:
   """The sections of a configuration that name a module, filled with all options of those modules.
 
       choose("estimator=es", task={"mlp_classifier": {"width": 8}}, estimator={"pes": {"sigma": 0.1}})
 
   returns a `task` section with the options of mlp_classifier, width 8 and the rest at its default, and an
-  `estimator` section with the defaults of es. The first name in a section is chosen unless `choices` says other.
+  `estimator` section with the defaults of es. The first name in a section is chosen unless `picks` says other.
 
   Args:
-    choices: comma-separated section=name, or nothing.
+    picks: comma-separated section=name, or nothing.
     **sections: section -> name -> the values that are to differ from the module's defaults.
 
   Raises:
     ConfigError: unknown section, unknown module, or values that its `build` does not take.
   """
   names = {section: next(iter(values)) for section, values in sections.items()}
-  for choice in filter(None, choices.split(",")):
-    section, _, name = choice.partition("=")
+  for pick in filter(None, picks.split(",")):
+    section, _, name = pick.partition("=")
     if section not in sections or not name:
-      raise ConfigError(f"{choice}: not a choice; write section=name, where section is: {', '.join(sections)}")
+      raise ConfigError(f"{pick}: not a choice; write section=name, where section is: {', '.join(sections)}")
     names[section] = name
   config = {}
   for section, name in names.items():
@@ -278,13 +284,6 @@ def _placeholder(annotation: Any) -> Any:
   kinds = [kind for kind in typing.get_args(annotation) or (annotation,) if kind is not types.NoneType]
   kind = typing.get_origin(kinds[0]) or kinds[0]
   return config_dict.placeholder(kind if isinstance(kind, type) else object)
-
-
-def _choices(package: str) -> list[str]:
-  """The modules of a package that can be chosen; found by their text, so that none has to be imported."""
-  build_of_contract = re.compile(rf"^def build\(.*?\) -> (base\.)?{_CONTRACTS[package]}:", re.M | re.S)
-  folder = Path(__file__).parent / package
-  return sorted(path.stem for path in folder.glob("*.py") if build_of_contract.search(path.read_text("utf-8")))
 
 
 def _did_you_mean(name: str, names: Iterable[str]) -> str:
