@@ -4,8 +4,11 @@ One folder per checkpoint, `<workdir>/checkpoints/<outer step>`, written by Orba
 when complete, so that a checkpoint is whole or absent whenever the process dies.
 """
 
+import contextlib
+import logging
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +44,7 @@ def save(workdir: str | Path, step: int, state: PyTree, *, keep: int = 3) -> Non
   """
   path = _path(workdir, step)
   if (latest := latest_step(workdir)) is not None and step <= latest:
-    raise CheckpointError(
-      f"{path}: {_path(workdir, latest)} is as new or newer; delete it, or use another workdir"
-    )
+    raise CheckpointError(f"{path}: {_path(workdir, latest)} is as new or newer; delete it, or use another workdir")
   arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(state).items()}
   # Orbax neither stores arrays of size zero nor notices a flipped bit: the manifest sees to both.
   manifest = {name: {**_describe(array), "crc32": _checksum(array)} for name, array in arrays.items()}
@@ -55,10 +56,8 @@ def save(workdir: str | Path, step: int, state: PyTree, *, keep: int = 3) -> Non
       manager.save(step, args=ocp.args.Composite(**items), force=True)
   except Exception as error:  # Orbax and TensorStore have no error type of their own
     for partial in path.parent.glob(f"{step}.orbax-checkpoint-tmp*"):
-      shutil.rmtree(partial, ignore_errors=True)  # what little there is of it may fill the disk
-    raise CheckpointError(
-      f"{path}: cannot be written: {_reason(error)}; earlier checkpoints are intact"
-    ) from error
+      shutil.rmtree(partial, ignore_errors=True)  # it may fill the disk; the next save tries again
+    raise CheckpointError(f"{path}: cannot be written: {_reason(error)}; earlier checkpoints are intact") from error
 
 
 def restore(workdir: str | Path, like: PyTree, step: int | None = None) -> PyTree:
@@ -74,14 +73,12 @@ def restore(workdir: str | Path, like: PyTree, step: int | None = None) -> PyTre
   """
   step = latest_step(workdir) if step is None else step
   if step is None or step not in _steps(workdir):
-    raise CheckpointError(
-      f"{Path(workdir) / 'checkpoints'}: no checkpoint {'' if step is None else step}".rstrip()
-    )
+    raise CheckpointError(f"{Path(workdir) / 'checkpoints'}: no checkpoint {'' if step is None else step}".rstrip())
   path = _path(workdir, step)
   expected = {name: _describe(leaf) for name, leaf in _named_leaves(like).items()}
   try:
     with _manager(workdir) as manager:
-      manifest = manager.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())).manifest
+      manifest = manager.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))["manifest"]
       found = {name: {"shape": leaf["shape"], "dtype": leaf["dtype"]} for name, leaf in manifest.items()}
       if found != expected:
         raise CheckpointError(f"{path}: {_difference(found, expected)}; {_FOREIGN}")
@@ -90,7 +87,7 @@ def restore(workdir: str | Path, like: PyTree, step: int | None = None) -> PyTre
         # One at a time: where the first is damaged, all reads under way would print a traceback each.
         one = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
         arguments = ocp.args.PyTreeRestore(item=one, restore_args=one, partial_restore=True)
-        arrays |= manager.restore(step, args=ocp.args.Composite(state=arguments)).state
+        arrays |= manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
   except CheckpointError:
     raise
   except Exception as error:  # as above
@@ -113,12 +110,19 @@ def _steps(workdir: str | Path) -> list[int]:
   return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
 
 
-def _manager(workdir: str | Path, **options: Any) -> ocp.CheckpointManager:
+@contextlib.contextmanager
+def _manager(workdir: str | Path, **options: Any) -> Iterator[ocp.CheckpointManager]:
   folder = (Path(workdir) / "checkpoints").absolute()
   # Synchronous, so that nothing is under way when `save` returns.
-  return ocp.CheckpointManager(
-    folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
-  )
+  manager_options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
+  logger = logging.getLogger("absl")
+  level = logger.level
+  logger.setLevel(logging.CRITICAL)  # what Orbax logs, with a traceback for each thread, it raises too
+  try:
+    with ocp.CheckpointManager(folder, options=manager_options) as manager:
+      yield manager
+  finally:
+    logger.setLevel(level)
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:

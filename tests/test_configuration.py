@@ -167,13 +167,13 @@ def test_choose_fills_sections_with_defaults_and_values(my_project):
     "task": {"name": "my_project.my_task", "size": 7},
     "estimator": {"name": "my_project.my_estimator", "k": 1},
   }
-  config: Any = configuration.choose(
+  config = configuration.choose(
     "estimator=pes", task=task, estimator={"my_project.my_estimator": {}, "pes": {"sigma": 3}}
   )
   assert config.estimator.name == "pes"
   assert config.estimator.sigma == 3.0
   assert type(config.estimator.sigma) is float
-  config: Any = configuration.choose("estimator=es,task=my_project.my_task", task=task, estimator={"pes": {"sigma": 3}})
+  config = configuration.choose("estimator=es,task=my_project.my_task", task=task, estimator={"pes": {"sigma": 3}})
   assert config.estimator.sigma != 3
   for choices, message in [("estimtor=es", "estimtor=es: not a choice"), ("es", "es: not a choice")]:
     with pytest.raises(ConfigError, match=message):
