@@ -1,0 +1,175 @@
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import pytest
+
+from lopt import tracking
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch, tmp_path):
+  """No credentials; W&B as a user has it, where conftest.py has switched it off."""
+  monkeypatch.delenv("WANDB_MODE")
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def records(workdir: Path) -> list[dict[str, Any]]:
+  def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is not JSON")
+
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def test_metrics_are_one_json_object_a_line(tmp_path):
+  tracker = tracking.start(tmp_path, {}, wandb_mode="disabled")
+  tracker.log(0, {"loss": 0.5, "jax": jnp.float32(2.0), "numpy": np.float64(3.0), "int": 4})
+  assert records(tmp_path) == [{"step": 0, "loss": 0.5, "jax": 2.0, "numpy": 3.0, "int": 4.0}]  # flushed
+  tracker.log(10, {"nan": float("nan"), "inf": -jnp.inf})
+  tracker.finish()
+  assert records(tmp_path)[1:] == [{"step": 10, "nan": None, "inf": None}]
+  assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_a_new_run_begins_a_new_file(tmp_path):
+  for value in (1, 2):
+    tracker = tracking.start(tmp_path, {}, wandb_mode="disabled")
+    tracker.log(0, {"x": value})
+    tracker.finish()
+  assert records(tmp_path) == [{"step": 0, "x": 2.0}]
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 5, "x', '{"step": 3}', "\x00\x00\n", '{"ste\n', "[1]\n"])
+def test_a_resumed_file_reads_as_if_never_interrupted(tmp_path, torn):
+  whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+  tracker = tracking.start(whole, {}, wandb_mode="disabled")
+  for step in range(6):
+    tracker.log(step, {"x": step / 3})
+  tracker.finish()
+
+  tracker = tracking.start(interrupted, {}, wandb_mode="disabled")
+  for step in range(5):  # killed after step 4, with a checkpoint of step 2
+    tracker.log(step, {"x": step / 3})
+  tracker.finish()
+  with (interrupted / "metrics.jsonl").open("a") as file:
+    file.write(torn)
+  tracker = tracking.start(interrupted, {}, wandb_mode="disabled", resume_step=2)
+  for step in range(3, 6):
+    tracker.log(step, {"x": step / 3})
+  tracker.finish()
+  assert (interrupted / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_a_killed_run_loses_no_record(tmp_path):
+  code = textwrap.dedent(f"""
+    from lopt import tracking
+    tracker = tracking.start({str(tmp_path)!r}, {{}}, wandb_mode="disabled")
+    for step in range(10**9):
+      tracker.log(step, {{"x": step}})
+      print(step, flush=True)
+  """)
+  with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout is not None
+    for _ in range(100):
+      process.stdout.readline()
+    process.kill()
+  assert [record["step"] for record in records(tmp_path)][:100] == list(range(100))
+
+
+def test_without_credentials_the_run_is_offline_and_silent(tmp_path, capfd):
+  """As on a machine where nobody has logged in; the resumed run has the same id."""
+  workdir = tmp_path / "my-run"
+  config = {"estimator": {"name": "pes", "sizes": [1, 2]}}
+  tracker = tracking.start(workdir, config)
+  tracker.log(0, {"x": 1.0, "bad": float("nan")})
+  matplotlib.image.imsave(tmp_path / "image.png", np.zeros((4, 4)))
+  tracker.log_image(0, "curve", tmp_path / "image.png")
+  tracker.finish()
+  tracker = tracking.start(workdir, config, resume_step=0)
+  tracker.log(0, {"x": 1.0})
+  tracker.finish()
+  runs = sorted(path.name for path in (workdir / "wandb").glob("offline-run-*"))
+  assert len(runs) in (1, 2)  # two, unless both started within the same second
+  run_id = (workdir / "wandb_run_id").read_text()
+  assert {name.rpartition("-")[2] for name in runs} == {run_id}
+  assert list((workdir / "wandb").glob("*/files/media/images/curve*.png"))
+  assert capfd.readouterr() == ("", "")
+
+  tracking.start(workdir, config).finish()  # a new run in the same place
+  assert (workdir / "wandb_run_id").read_text() != run_id
+
+
+@pytest.mark.parametrize(("variable", "folders"), [("disabled", 0), ("offline", 1), ("dryrun", 1)])
+def test_the_environment_decides_unless_told_otherwise(tmp_path, monkeypatch, variable, folders):
+  monkeypatch.setenv("WANDB_MODE", variable)
+  tracking.start(tmp_path / "auto", {}).finish()
+  assert len(list(tmp_path.glob("auto/wandb/offline-run-*"))) == folders
+  tracking.start(tmp_path / "told", {}, wandb_mode="disabled").finish()
+  assert not (tmp_path / "told" / "wandb").exists()
+
+
+def test_an_unknown_mode_is_an_error(tmp_path, monkeypatch):
+  monkeypatch.setenv("WANDB_MODE", "onlin")
+  with pytest.raises(ValueError, match="must be auto, online, offline or disabled, not 'onlin'"):
+    tracking.start(tmp_path, {})
+
+
+def test_online_without_credentials_does_not_prompt(tmp_path, capfd):
+  tracking.start(tmp_path, {}, wandb_mode="online").finish()
+  assert list(tmp_path.glob("wandb/offline-run-*"))
+  error = capfd.readouterr().err
+  assert error == "Weights & Biases: no credentials (run `wandb login`, or set WANDB_API_KEY): recording offline\n"
+
+
+def test_without_a_network_the_run_goes_offline_soon(tmp_path, monkeypatch, capfd):
+  """The server's address is a port of this machine where nothing listens."""
+  monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+  monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+  monkeypatch.setattr(tracking, "_INIT_TIMEOUT", 2)
+  begin = time.monotonic()
+  tracker = tracking.start(tmp_path, {})
+  tracker.log(0, {"x": 1.0})
+  tracker.finish()
+  assert time.monotonic() - begin < 20
+  assert list(tmp_path.glob("wandb/offline-run-*"))
+  assert records(tmp_path) == [{"step": 0, "x": 1.0}]
+  error = capfd.readouterr().err
+  assert error.startswith("Weights & Biases: cannot start online (")
+  assert error.endswith("): recording offline\n")
+  assert error.count("\n") == 1
+
+
+def test_a_failure_of_wandb_does_not_end_the_run(tmp_path, monkeypatch, capfd):
+  import wandb
+
+  monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(RuntimeError("disk full\nand more")))
+  tracker = tracking.start(tmp_path, {}, wandb_mode="offline")
+  tracker.log(0, {"x": 1.0})
+  tracker.finish()
+
+  class Run:
+    def define_metric(self, *_: Any, **__: Any) -> None: ...
+    def log(self, _: Any) -> None:
+      raise BrokenPipeError("the service is gone")
+
+  monkeypatch.setattr(wandb, "init", lambda **_: Run())
+  tracker = tracking.start(tmp_path, {}, wandb_mode="offline", resume_step=0)
+  tracker.log(1, {"x": 2.0})
+  tracker.log(2, {"x": 3.0})
+  tracker.finish()
+  assert [record["step"] for record in records(tmp_path)] == [0, 1, 2]
+  assert capfd.readouterr().err.splitlines() == [
+    "Weights & Biases: cannot start offline (disk full): metrics go to metrics.jsonl only",
+    "Weights & Biases: logging failed, and is off from here on (the service is gone)",
+  ]

@@ -1,0 +1,179 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+
+import lopt
+from lopt import configuration, trained
+from lopt.base import LearnedOptimizer
+from lopt.trained import LoadError
+
+ROOT = Path(__file__).parent.parent
+
+CONFIG = {"architecture": {"name": "mlp", "hidden_sizes": (8, 4)}, "seed": 3, "estimator": {"name": "pes"}}
+
+
+def architecture() -> LearnedOptimizer:
+  return configuration.build("architectures", CONFIG["architecture"], where="architecture")
+
+
+def theta() -> Any:
+  return architecture().init(jax.random.key(0))
+
+
+def contents(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  with safetensors.safe_open(path, framework="np") as file:
+    return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+@pytest.fixture
+def path(tmp_path):
+  path = tmp_path / "run" / "optimizer.safetensors"
+  trained.export(path, theta(), CONFIG, outer_steps=17)
+  return path
+
+
+def rewrite(path: Path, arrays: dict[str, np.ndarray] | None = None, **header: str | None) -> None:
+  """Changes the file's arrays, or strings of its header (None removes one)."""
+  old_arrays, old_header = contents(path)
+  changed = {name: value for name, value in {**old_header, **header}.items() if value is not None}
+  path.write_bytes(safetensors.numpy.save(old_arrays if arrays is None else arrays, changed))
+
+
+@pytest.mark.parametrize("name", configuration.choices("architectures"))
+def test_every_architecture_comes_back_and_updates_alike(tmp_path, name):
+  """The update of a loaded optimizer is, bit for bit, that of the one exported."""
+  built = configuration.build("architectures", {"name": name}, where="a")
+  theta = jax.tree.map(lambda x: x + 0.01, built.init(jax.random.key(1)))
+  trained.export(tmp_path / "x.safetensors", theta, {"architecture": {"name": name}}, outer_steps=1)
+  loaded = lopt.load(tmp_path / "x.safetensors")
+  assert jax.tree.structure(loaded.theta) == jax.tree.structure(theta)
+  jax.tree.map(np.testing.assert_array_equal, loaded.theta, theta)
+
+  params = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), "b": jnp.ones(4)}
+  updates = []
+  for tx in (loaded(num_steps=10), built.transform(theta, 10)):
+    state = tx.init(params)
+    _, state = tx.update(params, state, params, value=jnp.float32(1.5))
+    updates.append(tx.update(params, state, params, value=jnp.float32(0.5))[0])
+  jax.tree.map(np.testing.assert_array_equal, *updates)
+  assert any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(updates[0]))
+
+
+def test_a_loaded_optimizer_trains_in_a_compiled_optax_loop(path):
+  optimizer = lopt.load(path.parent)  # the folder will do
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optimizer(num_steps=100))
+  params = {"w": jnp.ones(3)}
+
+  @jax.jit
+  def step(params, state):
+    loss, gradients = jax.value_and_grad(lambda params: jnp.sum(params["w"] ** 2))(params)
+    updates, state = tx.update(gradients, state, params, value=loss)
+    return optax.apply_updates(params, updates), state
+
+  state = tx.init(params)
+  for _ in range(2):
+    params, state = step(params, state)
+  assert not np.array_equal(params["w"], jnp.ones(3))
+
+
+def test_what_is_exposed(path):
+  optimizer = lopt.load(str(path))
+  assert optimizer.config == json.loads(json.dumps(CONFIG))
+  assert isinstance(optimizer.architecture, LearnedOptimizer)
+  jax.tree.map(np.testing.assert_array_equal, optimizer.theta, theta())
+  for num_steps in (0, -1):
+    with pytest.raises(ValueError, match=f"num_steps: {num_steps} is not"):
+      optimizer(num_steps=num_steps)
+
+
+def test_the_file_is_plain_safetensors(path):
+  arrays, header = contents(path)
+  flat = {f"{module}/{name}": array for module, leaves in theta().items() for name, array in leaves.items()}
+  assert arrays.keys() == flat.keys()
+  for name, array in flat.items():
+    np.testing.assert_array_equal(arrays[name], array)
+  assert header == {
+    "format": "lopt optimizer",
+    "format_version": "1",
+    "lopt_version": lopt.__version__,
+    "outer_steps": "17",
+    "architecture": json.dumps({"name": "mlp", "hidden_sizes": [8, 4]}),
+    "config": json.dumps(configuration.plain(CONFIG)),
+  }
+  read_arrays, read_header = trained.read(path)
+  assert read_header == header
+  assert read_arrays.keys() == flat.keys()
+
+
+def test_a_file_that_is_no_trained_optimizer_is_refused(path, tmp_path):
+  def assert_refused(message: str, path: Path = path) -> None:
+    with pytest.raises(LoadError, match=message) as error:
+      lopt.load(path)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+
+  good = path.read_bytes()
+  assert_refused("no such file; expected a trained optimizer", tmp_path / "nowhere")
+  (tmp_path / "folder").mkdir()
+  assert_refused("no such file", tmp_path / "folder")
+  for length in (0, 4, 8, 100, len(good) // 2, len(good) - 1):
+    path.write_bytes(good[:length])
+    assert_refused("damaged, or not a safetensors file")
+  path.write_bytes(b"\x93NUMPY" + good)
+  assert_refused("damaged, or not a safetensors file")
+  path.write_bytes(safetensors.numpy.save({"w": np.zeros(3)}))
+  assert_refused("a safetensors file, but not one that lopt wrote")
+  path.write_bytes(good)
+  rewrite(path, format_version="2", lopt_version="9.0")
+  assert_refused(f"format version 2, and this lopt {lopt.__version__} reads 1; it was written by lopt 9.0")
+  path.write_bytes(good)
+  rewrite(path, architecture=None)
+  assert_refused("damaged: its header lacks architecture")
+  path.write_bytes(good)
+  rewrite(path, architecture="{")
+  assert_refused("cannot build the architecture in its header")
+  rewrite(path, architecture='{"name": "mpl"}')
+  assert_refused(r"architecture\.name: no lopt/architectures/mpl\.py; did you mean 'mlp'\?")
+  rewrite(path, architecture='{"name": "mlp", "hidden_sizes": "x"}')
+  assert_refused(r"architecture\.hidden_sizes: 'x' is not a tuple")
+
+
+def test_theta_of_another_architecture_is_refused(path):
+  good = path.read_bytes()
+  arrays, _ = contents(path)
+  name, array = max(arrays.items(), key=lambda item: item[1].size)
+  shape = list(array.shape)
+  for changed, there in [
+    ({**arrays, name: array[:-1]}, f"float32{[shape[0] - 1, *shape[1:]]}"),
+    ({**arrays, name: array.astype(np.float64)}, f"float64{shape}"),
+    ({key: value for key, value in arrays.items() if key != name}, "absent"),
+  ]:
+    path.write_bytes(good)
+    rewrite(path, changed)
+    with pytest.raises(LoadError) as error:
+      lopt.load(path)
+    assert f"{name} is {there} in the file and float32{shape} in the architecture 'mlp'" in str(error.value)
+  rewrite(path, {**arrays, "more": array})
+  with pytest.raises(LoadError, match=r"more is float32.* in the file and absent in the architecture"):
+    lopt.load(path)
+
+
+def test_names_of_leaves_must_differ(tmp_path):
+  with pytest.raises(ValueError, match="two leaves of θ have the same path"):
+    trained.export(tmp_path / "x", {"a/b": np.zeros(1), "a": {"b": np.zeros(1)}}, CONFIG, outer_steps=0)
+
+
+def test_importing_lopt_imports_nothing_that_only_meta_training_needs():
+  code = "import sys, lopt; print(*{name.split('.')[0] for name in sys.modules})"
+  result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+  heavy = {"tensorflow_datasets", "tensorflow", "wandb", "orbax", "matplotlib", "sklearn", "torch"}
+  assert heavy & set(result.stdout.split()) == set()
