@@ -36,8 +36,10 @@ FINAL_SHARE = 0.05
 """The share of the steps over which the final training loss, and each point of a smoothed curve, is a mean."""
 MAX_EXTENSIONS = 4
 """By how many half-decades the grid grows at most, while a task's best learning rate is at its end."""
-REFERENCE = "adam"
+REFERENCE = "Adam"
 """The tuned baseline whose final loss is the target of `steps_to_target`."""
+RUNS_PER_BLOCK = {"cpu": 1}
+"""How many runs (each with all its θ) a device trains at once; 64 where not given. More would leave a CPU's caches."""
 
 
 class Tasks(NamedTuple):
@@ -168,7 +170,7 @@ def compare(
   Raises:
     ValueError: For a count below 1, a name of a baseline, or a θ that is not of its architecture.
   """
-  tuned = {REFERENCE: baselines.adam(), "sgdm": baselines.sgdm()}
+  tuned = {REFERENCE: baselines.adam(), "SGDM": baselines.sgdm()}
   _check_counts(
     num_tasks=num_tasks,
     num_seeds=num_seeds,
@@ -178,14 +180,12 @@ def compare(
   )
   for name, (optimizer, theta) in optimizers.items():
     if name in tuned:
-      raise ValueError(f"optimizers: {name!r} is the name of a baseline; give the learned optimizer another")
+      raise ValueError(f"optimizers: {name!r} is the name of a baseline; give the learned optimizer another name")
     _check_theta(name, optimizer, theta)
   say = progress or (lambda message: None)
   tasks = sample_tasks(family, seed, HELD_OUT, num_tasks)
   seeds = jnp.arange(num_seeds)
-  build = functools.partial(
-    build_train, family, num_steps=num_steps, num_validation_batches=num_validation_batches
-  )
+  build = functools.partial(build_train, family, num_steps=num_steps, num_validation_batches=num_validation_batches)
 
   def tune_and_train(name: str, optimizer: LearnedOptimizer) -> tuple[Runs, list[Tuning]]:
     train = build(optimizer, theta_per_task=True)
@@ -203,7 +203,7 @@ def compare(
 
   def train_learned(name: str, optimizer: LearnedOptimizer, theta: Theta) -> Runs:
     say(f"{name}: training {num_tasks} tasks × {num_seeds} seeds")
-    return build(optimizer)(jax.tree.map(lambda x: x[None], theta), tasks, seeds)
+    return build(optimizer)(_one(theta), tasks, seeds)
 
   learned = {name: train_learned(name, *value) for name, value in optimizers.items()}
   tuned = {name: tune_and_train(name, optimizer) for name, optimizer in tuned.items()}
@@ -238,16 +238,21 @@ def build_metrics(
   Raises:
     ValueError: For a count below 1.
   """
-  _check_counts(num_tasks=num_tasks, num_seeds=num_seeds, num_steps=num_steps)
+  _check_counts(
+    num_tasks=num_tasks,
+    num_seeds=num_seeds,
+    num_steps=num_steps,
+    num_validation_batches=num_validation_batches,
+  )
   train = build_train(family, optimizer, num_steps=num_steps, num_validation_batches=num_validation_batches)
   tasks = sample_tasks(family, seed, PERIODIC, num_tasks)
 
   def metrics(theta: Theta) -> dict[str, float]:
-    runs = train(jax.tree.map(lambda x: x[None], theta), tasks, jnp.arange(num_seeds))
+    runs = train(_one(theta), tasks, jnp.arange(num_seeds))
     losses = _to_numpy(runs.losses)
     return {
       "mean_loss": float(losses.mean()),
-      "final_loss": float(losses[..., -_window(num_steps) :].mean()),
+      "final_loss": float(losses[..., -window(num_steps) :].mean()),
       "validation_loss": float(_to_numpy(runs.validation_loss).mean()),
       "diverged": float(_to_numpy(runs.diverged).mean()),
     }
@@ -405,11 +410,11 @@ def tune(
 
 
 def smooth(curve: Float[np.ndarray, "*runs T"]) -> Float[np.ndarray, "*runs steps"]:
-  """The trailing mean of a curve over a window of w = 5% of the steps (at least one), along the last axis.
+  """The trailing mean of a curve over w = `window(T)` steps, along the last axis.
 
   Only whole windows: entry i is the mean of the losses of steps i+1, …, i+w, as known after step i+w.
   """
-  return np.lib.stride_tricks.sliding_window_view(curve, _window(curve.shape[-1]), axis=-1).mean(axis=-1)
+  return np.lib.stride_tricks.sliding_window_view(curve, window(curve.shape[-1]), axis=-1).mean(axis=-1)
 
 
 def steps_to_reach(curve: Float[np.ndarray, " T"], target: float) -> int | None:
@@ -419,10 +424,11 @@ def steps_to_reach(curve: Float[np.ndarray, " T"], target: float) -> int | None:
   not before.
   """
   reached = np.flatnonzero(smooth(curve) <= target)
-  return int(reached[0]) + _window(len(curve)) if reached.size else None
+  return int(reached[0]) + window(len(curve)) if reached.size else None
 
 
-def _window(num_steps: int) -> int:
+def window(num_steps: int) -> int:
+  """The length of the window of `smooth`: 5% of the steps, at least one."""
   return max(1, round(FINAL_SHARE * num_steps))
 
 
@@ -462,6 +468,11 @@ def _standard_error(values: Float[np.ndarray, " seeds"]) -> float:
   return float(values.std(ddof=1) / len(values) ** 0.5)
 
 
+def _one(theta: Theta) -> Theta:
+  """[...] -> [1, ...], on the host, because θ may have been committed to other devices than those used here."""
+  return jax.tree.map(lambda x: np.asarray(x)[None], theta)
+
+
 def _take(tree: PyTree, index: Int[Array, " n"]) -> PyTree:
   return jax.tree.map(lambda x: x[index], tree)
 
@@ -472,14 +483,17 @@ def _to_numpy(x: Array) -> np.ndarray:
 
 
 def _describe(task_params: TaskParams) -> str:
-  """The small leaves of a task's parameters, as "name value"."""
+  """The small numeric leaves of a task's parameters, as "name value"."""
 
   def words(path: tuple, leaf: Array) -> str:
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    return " ".join([name, *(f"{value:.3g}" for value in np.ravel(leaf).tolist())])
+    name = jax.tree_util.keystr(path, simple=True, separator=".").replace("_", " ")
+    return " ".join([name, *(f"{value:.3g}" for value in np.ravel(leaf).tolist())]).strip()
+
+  def is_small_number(leaf: Array) -> bool:
+    return 1 <= leaf.size <= 4 and jnp.issubdtype(leaf.dtype, jnp.number)
 
   leaves = jax.tree_util.tree_leaves_with_path(task_params)
-  return ", ".join(words(path, leaf) for path, leaf in leaves if leaf.size <= 4)
+  return ", ".join(words(path, leaf) for path, leaf in leaves if is_small_number(leaf))
 
 
 def _check_counts(**counts: int) -> None:
@@ -500,8 +514,7 @@ def _check_theta(name: str, optimizer: LearnedOptimizer, theta: Theta) -> None:
 def _on_all_devices(function: Callable[..., Runs], shared: PyTree, runs: PyTree) -> Runs:
   """`function(shared, run)` of every run (leaves [runs, ...]), split over this process's devices."""
   devices = jax.local_devices()
-  # On a CPU, what one run needs fits its caches and what two need may not; an accelerator wants many at once.
-  limit = 1 if devices[0].platform == "cpu" else 64
+  limit = RUNS_PER_BLOCK.get(devices[0].platform, 64)
   num_runs = len(jax.tree.leaves(runs)[0])
   per_device = math.ceil(num_runs / len(devices))
   num_blocks = math.ceil(per_device / limit)

@@ -1,0 +1,237 @@
+"""A comparison as tables, as JSON and as a picture."""
+
+import io
+import itertools
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lopt import baselines, evaluation, files
+from lopt.evaluation import REFERENCE, Comparison, Measures
+
+# Okabe and Ito's colours, which the colour-blind can tell apart: warm ones for the learned, cold ones for baselines.
+_LEARNED_COLORS = ("#D55E00", "#CC79A7", "#E69F00")
+_BASELINE_COLORS = ("#0072B2", "#009E73", "#56B4E9", "#000000")
+_MAX_TASK_PANELS = 6
+
+
+def table(comparison: Comparison) -> str:
+  """Two tables, of single tasks and of means over tasks, in Markdown that is aligned for terminals.
+
+  Losses are defined in `evaluation.Measures`. An asterisk marks a learning rate at the end of the grid.
+  """
+  c = comparison
+  return "\n".join(
+    [
+      f"Mean training loss over {c.num_steps} steps and {c.num_seeds} seeds. In brackets, the learning rate that was "
+      "chosen for the task on other seeds.",
+      "",
+      *_markdown(_task_rows(c)),
+      "",
+      f"Means over the {len(c.tasks)} held-out tasks (seed {c.seed}).",
+      "",
+      *_markdown(_summary_rows(c)),
+      *_remarks(c),
+    ]
+  )
+
+
+def to_json(comparison: Comparison) -> str:
+  """All measures and summaries, without the curves; numbers that are not finite become null.
+
+  {"tasks": […], "num_steps": …, …, "optimizers": {name: {"learned": bool, "summary": {…}, "measures": [one a task]}}}
+  """
+  settings = ("tasks", "num_steps", "num_seeds", "num_tuning_seeds", "seed")
+  content = {name: getattr(comparison, name) for name in settings}
+  content["optimizers"] = {
+    name: {
+      "learned": name in comparison.learned,
+      "summary": evaluation.summarize(comparison, name),
+      "measures": e.measures,
+    }
+    for name, e in (comparison.learned | comparison.baselines).items()
+  }
+  return json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def write_json(comparison: Comparison, path: str | os.PathLike[str]) -> None:
+  """Writes `to_json` to a file, atomically.
+
+  Raises:
+    OSError: The file cannot be written.
+  """
+  files.write_atomically(path, to_json(comparison))
+
+
+def plot(
+  comparison: Comparison,
+  path: str | os.PathLike[str],
+  *,
+  loss_label: str = "training loss (1 = uniform guessing)",
+) -> None:
+  """Draws training curves into a PNG file, atomically: the mean over all tasks, and each of the first six.
+
+  Args:
+    comparison: Whose curves.
+    path: Of the file.
+    loss_label: The name and the unit of the loss.
+
+  Raises:
+    OSError: The file cannot be written.
+  """
+  num_tasks = len(comparison.tasks)
+  num_panels = min(num_tasks, _MAX_TASK_PANELS) if num_tasks > 1 else 0
+  columns = math.ceil(num_panels / 2)
+  # Not pyplot, whose figures are global. Small, so that the letters can be read where a page scales it down.
+  figure = Figure(figsize=(4.8 + 1.6 * columns, 4.4), dpi=200, layout="constrained")
+  grid = figure.add_gridspec(2, 1 + columns, width_ratios=[2.6] + [1.0] * columns)
+  large = figure.add_subplot(grid[:, 0])
+  _draw(large, comparison, range(num_tasks))
+  large.set_ylabel(loss_label)
+  large.set_xlabel("inner step")
+  large.set_title(f"Mean over {num_tasks} held-out tasks" if num_panels else "A held-out task", fontsize=10)
+  large.legend(frameon=False)
+  small = None
+  for index in range(num_panels):
+    row, column = divmod(index, columns)
+    small = figure.add_subplot(grid[row, 1 + column], sharey=small)
+    _draw(small, comparison, [index])
+    small.set_title(f"Task {index + 1}", fontsize=9)
+    small.set_xticks([0, comparison.num_steps])
+    small.tick_params(labelsize=8, labelleft=column == 0, labelbottom=index + columns >= num_panels)
+  figure.supxlabel(_caption(comparison), fontsize=7.5, color="#555555")
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format="png")
+  files.write_atomically(path, buffer.getvalue())
+
+
+def _task_rows(c: Comparison) -> list[list[str]]:
+  header = ["task", *c.learned, *(f"{name} (learning rate)" for name in c.baselines)]
+  for name in c.learned:
+    whose = f"{name}: " if len(c.learned) > 1 else ""
+    header += [f"{whose}steps to {REFERENCE}'s final loss", f"{whose}speed-up"]
+  rows = [header]
+  for index in range(len(c.tasks)):
+    learned = [e.measures[index] for e in c.learned.values()]
+    tuned = [e.measures[index] for e in c.baselines.values()]
+    row = [_task_name(c, index), *(_number(m.mean_loss) for m in learned), *(_with_rate(m) for m in tuned)]
+    for m in learned:
+      row += ["never" if m.steps_to_target is None else str(m.steps_to_target), _times(m.speed_up)]
+    rows.append(row)
+  return rows
+
+
+def _summary_rows(c: Comparison) -> list[list[str]]:
+  of_tasks = f"/{len(c.tasks)}"
+  header = ["optimizer", "training loss", "final training loss", "validation loss", "diverged"]
+  header += [f"better than {name}" for name in c.baselines]
+  header += [f"reaches {REFERENCE}'s final loss", "median speed-up", "learning rate interior"]
+  rows = [header]
+  for name in [*c.learned, *c.baselines]:
+    s = evaluation.summarize(c, name)
+    error = "" if math.isnan(s.mean_loss_error) else f" ± {s.mean_loss_error:.1g}"
+    row = [name, _number(s.mean_loss) + error, _number(s.final_loss), _number(s.validation_loss)]
+    row += [f"{100 * s.diverged:.3g}%"]
+    row += [f"{s.tasks_won[other]}{of_tasks}" if other in s.tasks_won else "–" for other in c.baselines]
+    row += [f"{s.tasks_reached}{of_tasks}", _times(s.median_speed_up)]
+    row += ["–" if s.tasks_interior is None else f"{s.tasks_interior}{of_tasks}"]
+    rows.append(row)
+  return rows
+
+
+def _remarks(c: Comparison) -> list[str]:
+  tuned = [m.tuning for e in c.baselines.values() for m in e.measures if m.tuning]
+  if all(t.interior for t in tuned):
+    return []
+  return ["", "\\* The lowest or the highest learning rate tried: a better one may lie outside the grid."]
+
+
+def _markdown(rows: list[list[str]]) -> list[str]:
+  """A table whose first row is the header; the first column is aligned left, the others right."""
+  rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+  def line(cells: list[str]) -> str:
+    first, *others = zip(cells, widths, strict=True)
+    return f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |"
+
+  rules = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
+  return [line(rows[0]), f"|{'|'.join(rules)}|", *map(line, rows[1:])]
+
+
+def _task_name(c: Comparison, index: int) -> str:
+  return f"{index + 1}: {c.tasks[index]}" if c.tasks[index] else str(index + 1)
+
+
+def _number(value: float) -> str:
+  return f"{value:.3g}"
+
+
+def _times(value: float | None) -> str:
+  return "–" if value is None else f"{value:.2f}×"
+
+
+def _with_rate(m: Measures) -> str:
+  assert m.tuning is not None
+  return f"{_number(m.mean_loss)} ({m.tuning.best:g}{'' if m.tuning.interior else '*'})"
+
+
+def _plain(value: Any) -> Any:
+  """As JSON has it: NamedTuples become objects, numbers that are not finite null."""
+  if hasattr(value, "_asdict"):
+    value = value._asdict()
+  if isinstance(value, dict):
+    return {name: _plain(x) for name, x in value.items()}
+  if isinstance(value, (tuple, list)):
+    return [_plain(x) for x in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _draw(axes: Axes, c: Comparison, tasks: Sequence[int]) -> None:
+  """The curves of all optimizers, averaged over some of the tasks."""
+  steps = np.arange(1, c.num_steps + 1)
+  colors = [*zip(c.learned, itertools.cycle(_LEARNED_COLORS)), *zip(c.baselines, itertools.cycle(_BASELINE_COLORS))]
+  for (name, color), e in zip(colors, (c.learned | c.baselines).values(), strict=True):
+    learned = name in c.learned
+    style = {"color": color, "zorder": 3 if learned else 2}
+    seeds = _smooth_for_the_eye(e.curves[list(tasks)].mean(axis=0))
+    label = name if learned else f"{name}, tuned"
+    axes.plot(steps, seeds.mean(axis=0), linewidth=2 if learned else 1.4, label=label, **style)
+    axes.fill_between(steps, seeds.min(axis=0), seeds.max(axis=0), alpha=0.2, linewidth=0, **style)
+  if _spans_decades(c):
+    axes.set_yscale("log")
+  axes.set_xlim(0, c.num_steps)
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.grid(color="#e0e0e0", linewidth=0.5)
+  axes.set_axisbelow(True)
+
+
+def _spans_decades(c: Comparison) -> bool:
+  """Whether a logarithmic scale suits the losses: never negative, and their means of very different sizes."""
+  curves = [e.curves for e in (c.learned | c.baselines).values()]
+  means = np.stack([x.mean(axis=(0, 1)) for x in curves])
+  return bool(min(x.min() for x in curves) >= 0 and 0 < 10 * means.min() < means.max())
+
+
+def _smooth_for_the_eye(curves: Float[np.ndarray, "seeds T"]) -> Float[np.ndarray, "seeds T"]:
+  """The trailing mean over a tenth of the steps so far, at most 5% of all: the first steps stay sharp."""
+  num_steps = curves.shape[1]
+  sums = np.cumsum(np.pad(curves, ((0, 0), (1, 0))), axis=1)
+  end = np.arange(1, num_steps + 1)
+  length = np.clip(end // 10, 1, evaluation.window(num_steps))
+  return (sums[:, end] - sums[:, end - length]) / length
+
+
+def _caption(c: Comparison) -> str:
+  return (
+    f"Lines: means over {c.num_seeds} seeds. Bands: lowest to highest seed. Both smoothed by a trailing mean over "
+    f"a tenth of the steps so far, at most {evaluation.window(c.num_steps)}.\n{' and '.join(c.baselines)}: for each "
+    f"task, the best of {len(baselines.LEARNING_RATES)} learning rates, chosen on other seeds."
+  )
