@@ -53,9 +53,7 @@ def build(
     task_key, params_key, theta_key = jax.random.split(key, 3)
     task_params = family.sample(task_key)
     params = family.init(params_key, task_params)
-    no_theta = jax.tree.map(
-      lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(optimizer.init, theta_key)
-    )
+    no_theta = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(optimizer.init, theta_key))
     optimizer_state = optimizer.transform(no_theta, num_steps).init(params)
     return InnerState(params, optimizer_state, task_params, num_steps)
 
@@ -95,14 +93,14 @@ def train_step(
   return optax.apply_updates(params, updates), optimizer_state, loss
 
 
-def log_uniform_horizon(minimum: int, maximum: int) -> Callable[[base.PRNGKey], base.Horizon]:
+def log_uniform_horizon(*, minimum: int, maximum: int) -> Callable[[base.PRNGKey], base.Horizon]:
   """Horizons T with log T uniform, rounded down to whole steps in minimum..maximum (both included).
 
   Raises:
     ValueError: Unless 1 ≤ minimum ≤ maximum.
   """
   if not 1 <= minimum <= maximum:
-    raise ValueError(f"horizon: needs 1 <= min <= max, not min={minimum}, max={maximum}")
+    raise ValueError(f"needs 1 <= minimum <= maximum, not {minimum} and {maximum}")
 
   def horizon(key: base.PRNGKey) -> base.Horizon:
     if minimum == maximum:

@@ -28,8 +28,8 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.meta_loss = "train"  # what the optimizer is to make small: the loss on 'train' or 'validation' batches
 
   config.horizon = ml_collections.ConfigDict()  # inner steps of an episode, drawn log-uniformly for each
-  config.horizon.min = 100
-  config.horizon.max = 1_000
+  config.horizon.minimum = 100
+  config.horizon.maximum = 500
 
   config.outer_optimizer = ml_collections.ConfigDict()  # AdamW on θ
   config.outer_optimizer.learning_rate = 1e-3  # at its peak; decays along a cosine to nothing
@@ -37,11 +37,16 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.outer_optimizer.weight_decay = 0.0
   config.outer_optimizer.clip_norm = 1.0  # of the meta-gradient, whole
 
-  config.evaluation = ml_collections.ConfigDict()  # on held-out tasks, while meta-training
-  config.evaluation.every = 200  # outer steps
-  config.evaluation.num_tasks = 4
-  config.evaluation.num_seeds = 2  # inner runs of each task
-  config.evaluation.num_steps = 1_000  # of each inner run
+  config.periodic_evaluation = ml_collections.ConfigDict()  # while meta-training, on tasks of its own
+  config.periodic_evaluation.every = 250  # outer steps
+  config.periodic_evaluation.num_tasks = 8
+  config.periodic_evaluation.num_seeds = 2  # inner runs of each task
+  config.periodic_evaluation.num_steps = 500  # of each inner run
+
+  config.evaluation = ml_collections.ConfigDict()  # at the end, on held-out tasks, beside tuned baselines
+  config.evaluation.num_tasks = 8
+  config.evaluation.num_seeds = 5
+  config.evaluation.num_steps = 500
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every = 100  # outer steps

@@ -110,7 +110,7 @@ def _truncated(
   def init(key: base.PRNGKey, theta: base.Theta) -> TruncatedState:
     del theta
     index = jnp.arange(num_pairs)
-    return TruncatedState(index, unrolls.first_episodes(problem, key, index, stagger=stagger))
+    return TruncatedState(index, unrolls.before_first(problem, key, index, particles=(), stagger=stagger))
 
   def estimate(
     key: base.PRNGKey, theta: base.Theta, state: TruncatedState

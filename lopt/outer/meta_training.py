@@ -1,6 +1,7 @@
 """The outer loop: estimate the meta-gradient, update θ, again."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,11 +14,11 @@ from lopt.outer import parallel
 
 
 class MetaState(NamedTuple):
-  """All that continues from one outer step to the next, as it lies on the devices and in checkpoints alike."""
+  """All that continues from one outer step to the next."""
 
   theta: base.Theta
   optimizer_state: base.State
-  particles: base.State  # the estimator's state, leaves [N, ...]
+  particles: base.State  # the estimator's state, leaves [D, N/D, ...] on devices, [N, ...] when saved
 
 
 class Trainer(NamedTuple):
@@ -25,11 +26,16 @@ class Trainer(NamedTuple):
 
   init: Callable[[], MetaState]
   """The state before outer step 0."""
-  load: Callable[[MetaState], MetaState]
-  """A state of host arrays (from a checkpoint), checked against `init`'s shapes by who restores it."""
   advance: Callable[[int, MetaState], tuple[MetaState, dict[str, np.ndarray]]]
   """`(outer_step, state) -> (state, metrics)`: the next `steps_per_call` outer steps, one compiled program. Consumes
   the state. Metrics have one value for each outer step."""
+  steps_per_call: int
+  save: Callable[[MetaState], MetaState]
+  """The state as host arrays that do not tell on how many devices it was: what a checkpoint holds."""
+  load: Callable[[MetaState], MetaState]
+  """The state that `save` made, back on the devices."""
+  saved_like: MetaState
+  """Shapes and dtypes of what `save` returns."""
 
 
 def outer_optimizer(
@@ -97,7 +103,8 @@ def build(
     theta = init_theta(theta_key)
     return MetaState(theta, optimizer.init(theta), estimator.init(particles_key, theta))
 
-  num_particles = jax.tree.leaves(jax.eval_shape(start).particles)[0].shape[0]
+  saved_like = jax.eval_shape(start)
+  num_particles = jax.tree.leaves(saved_like.particles)[0].shape[0]
   devices = parallel.num_devices(num_particles)
   averaged = parallel.averaged(estimator)
 
@@ -129,12 +136,62 @@ def build(
     replicated, particles, metrics = program(np.int32(step), state[:2], state.particles)
     return MetaState(*replicated, particles), jax.device_get(metrics)
 
+  def save(state: MetaState) -> MetaState:
+    return jax.device_get(state._replace(particles=parallel.join(state.particles)))
+
   def load(state: MetaState) -> MetaState:
     return state._replace(particles=parallel.split(state.particles, devices))
 
-  return Trainer(lambda: load(start()), load, advance)
+  return Trainer(lambda: load(start()), advance, steps_per_call, save, load, saved_like)
 
 
-def to_host(state: MetaState) -> MetaState:
-  """The state as NumPy arrays that do not tell how many devices there were: what a checkpoint holds."""
-  return jax.device_get(state._replace(particles=parallel.join(state.particles)))
+class Every(NamedTuple):
+  """Something to do after every so many outer steps, and after the last."""
+
+  steps: int
+  action: Callable[[int, MetaState], None]
+
+
+def run(
+  trainer: Trainer,
+  state: MetaState,
+  first_step: int,
+  last_step: int,
+  *,
+  record: Callable[[int, dict[str, float]], None],
+  periodic: Sequence[Every] = (),
+  progress: Callable[[int, dict[str, float]], None] = lambda steps, metrics: None,
+) -> MetaState:
+  """Takes outer steps first_step .. last_step - 1.
+
+  Args:
+    trainer: What takes them.
+    state: Before `first_step`; consumed.
+    first_step, last_step: Multiples of the trainer's `steps_per_call`, as are the periods below.
+    record: `(outer steps taken, metrics)`, called with the means of every call's metrics, and the inner steps per
+      second that it came to.
+    periodic: Called in their order, after `record`.
+    progress: `(outer steps taken by this call, metrics)`.
+
+  Raises:
+    FloatingPointError: The meta-gradient is not finite; `state` as last saved is not affected.
+  """
+  for step in range(first_step, last_step, trainer.steps_per_call):
+    begun = time.perf_counter()
+    state, metrics = trainer.advance(step, state)
+    seconds = time.perf_counter() - begun
+    for offset, norm in enumerate(metrics["gradient_norm"]):
+      if not np.isfinite(norm):
+        raise FloatingPointError(
+          f"outer step {step + offset}: the meta-gradient is not finite (its norm is {norm}); "
+          "lower the outer learning rate or σ, or give the task family a finite loss_cap"
+        )
+    means = {name: float(np.mean(values)) for name, values in metrics.items()}
+    means["inner_steps_per_second"] = float(np.sum(metrics["inner_steps"])) / seconds
+    done = step + trainer.steps_per_call
+    record(done, means)
+    progress(trainer.steps_per_call, means)
+    for every, action in periodic:
+      if done % every == 0 or done == last_step:
+        action(done, state)
+  return state

@@ -7,6 +7,7 @@ derive from a pair's index, so results do not depend on D but for the order of f
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,16 @@ from lopt import base
 AXIS = "devices"
 
 
-def use_all_cores() -> None:
-  """Makes XLA present each CPU core as a device. Call before anything else of JAX; accelerators are unaffected."""
+def setup() -> None:
+  """Prepares a process: call it before anything else of JAX.
+
+  Each CPU core becomes a device (accelerators are unaffected), and compiled programs are kept on disk, in
+  `JAX_COMPILATION_CACHE_DIR` or else ~/.cache/lopt, so that the second start is fast.
+  """
   jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lopt" / "compiled"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def num_devices(num_pairs: int) -> int:

@@ -64,10 +64,9 @@ def build(
 
   def init(key: base.PRNGKey, theta: base.Theta) -> PESState:
     index = jnp.arange(num_pairs)
-    episodes = unrolls.first_episodes(problem, key, index, stagger=stagger)
     flat, _ = unrolls.ravel(theta)
-    pairs = episodes._replace(state=unrolls.copies(episodes.state, 2))
-    return PESState(index, pairs, jnp.zeros((num_pairs, flat.size), flat.dtype))
+    episodes = unrolls.before_first(problem, key, index, particles=(2,), stagger=stagger)
+    return PESState(index, episodes, jnp.zeros((num_pairs, flat.size), flat.dtype))
 
   def estimate(key: base.PRNGKey, theta: base.Theta, state: PESState) -> tuple[base.Theta, PESState, base.Metrics]:
     flat, unravel = unrolls.ravel(theta)

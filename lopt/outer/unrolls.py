@@ -23,6 +23,7 @@ class Episodes(NamedTuple):
 
   state: base.State  # [group, particle, ...], or [group, ...] where a group has one common state
   steps_left: Int[Array, " groups"]  # at 0, the next step begins a new episode
+  next_share: Float[Array, " groups"]  # how much of the next episode is run: 1, but for a staggered first one
 
 
 class Losses(NamedTuple):
@@ -73,42 +74,50 @@ def group_keys(key: base.PRNGKey, index: Int[Array, " groups"]) -> Key[Array, " 
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
-def begin(problem: base.UnrolledProblem, key: base.PRNGKey) -> tuple[base.State, base.Horizon]:
-  """A fresh episode: its first state and its length T."""
-  horizon_key, init_key = jax.random.split(key)
-  horizon = problem.horizon(horizon_key)
-  return problem.init(init_key, horizon), horizon
+def before_first(
+  problem: base.UnrolledProblem,
+  key: base.PRNGKey,
+  index: Int[Array, " groups"],
+  *,
+  particles: tuple[int, ...],
+  stagger: bool,
+) -> Episodes:
+  """Where an estimator starts: the first step will begin an episode for every group.
+
+  Staggered, the first episode of length T is cut short after a uniformly drawn 1..T steps, so that from then on
+  groups are at every age at once.
+
+  Args:
+    problem: What will be unrolled.
+    key: Consumed.
+    index: The groups' numbers.
+    particles: Axes of the state between the group's and its own: (2,) for pairs, () for one common state.
+    stagger: Whether to, or to run in lockstep.
+  """
+  shapes = jax.eval_shape(lambda key: problem.init(key, problem.horizon(key)), key)
+  state = jax.tree.map(lambda x: jnp.zeros((*index.shape, *particles, *x.shape), x.dtype), shapes)
+  ones = jnp.ones(index.shape)
+  share = 1 - jax.vmap(jax.random.uniform)(group_keys(key, index)) if stagger else ones
+  return Episodes(state, jnp.zeros(index.shape, jnp.int32), share)
 
 
-def begin_groups(
+def begin(
   problem: base.UnrolledProblem, keys: Key[Array, " groups"], particles: int
 ) -> tuple[base.State, Int[Array, " groups"]]:
-  """Fresh episodes for groups of particles, alike within a group."""
-  state, horizon = jax.vmap(lambda key: begin(problem, key))(keys)
+  """Fresh episodes: states [group, particle, ...], alike within a group, and lengths T."""
+
+  def begin_one(key: base.PRNGKey) -> tuple[base.State, base.Horizon]:
+    horizon_key, init_key = jax.random.split(key)
+    horizon = problem.horizon(horizon_key)
+    return problem.init(init_key, horizon), horizon
+
+  state, horizon = jax.vmap(begin_one)(keys)
   return copies(state, particles), horizon
 
 
 def copies(state: base.State, particles: int) -> base.State:
   """One state a group, [group, ...] -> one for each of its particles, [group, particle, ...]."""
   return jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (x.shape[0], particles, *x.shape[1:])), state)
-
-
-def first_episodes(
-  problem: base.UnrolledProblem, key: base.PRNGKey, index: Int[Array, " groups"], *, stagger: bool
-) -> Episodes:
-  """The episodes that an estimator starts with, one state a group.
-
-  Staggered, a group's first episode of length T is cut short after a uniformly drawn 1..T steps, so that from then
-  on groups are at every age at once.
-  """
-
-  def start(key: base.PRNGKey) -> tuple[base.State, base.Horizon]:
-    begin_key, cut_key = jax.random.split(key)
-    state, horizon = begin(problem, begin_key)
-    cut = jax.random.randint(cut_key, (), 1, horizon + 1, horizon.dtype)
-    return state, cut if stagger else horizon
-
-  return Episodes(*jax.vmap(start)(group_keys(key, index)))
 
 
 def advance(
@@ -139,20 +148,18 @@ def unroll_window(
 ) -> tuple[Episodes, Losses]:
   """K = `length` steps of every particle; an episode that ends is followed by a fresh one within the window."""
   groups, particles = thetas.shape[:2]
-  zeros = jnp.zeros((groups, particles), jnp.float32)
-  never = jnp.zeros((groups, particles), bool)
 
-  def body(carry, t):
+  def restart(ended: Bool[Array, " groups"], episodes: Episodes, keys: Key[Array, " groups"]) -> Episodes:
+    state, horizon = begin(problem, keys, particles)
+    steps = jnp.clip(jnp.ceil(episodes.next_share * horizon), 1, horizon).astype(jnp.int32)
+    return where_group(ended, Episodes(state, steps, jnp.ones(groups)), episodes)
+
+  def body(carry, step_keys):
     episodes, losses = carry
-    begin_keys, step_keys = split_step_keys(keys, t)
     ended = episodes.steps_left == 0
-    # `cond` on a scalar, outside the vmap, runs the reset only in the steps that need one.
-    state, steps_left = jax.lax.cond(
-      jnp.any(ended),
-      lambda: where_group(ended, begin_groups(problem, begin_keys, particles), tuple(episodes)),
-      lambda: tuple(episodes),
-    )
-    state, loss, diverged = advance(problem, thetas, unravel, state, step_keys)
+    # `cond` on a scalar, outside the vmap, begins episodes only in the steps where one has to.
+    episodes = jax.lax.cond(jnp.any(ended), lambda: restart(ended, episodes, step_keys[:, 0]), lambda: episodes)
+    state, loss, diverged = advance(problem, thetas, unravel, episodes.state, step_keys[:, 1])
     restarted = losses.restarted | ended
     losses = Losses(
       first=losses.first + jnp.where(restarted[:, None], 0.0, loss),
@@ -161,10 +168,17 @@ def unroll_window(
       restarted=restarted,
       diverged=losses.diverged | diverged,
     )
-    return (Episodes(state, steps_left - 1), losses), None
+    return (episodes._replace(state=state, steps_left=episodes.steps_left - 1), losses), None
 
-  start = (episodes, Losses(zeros, zeros, jnp.zeros(groups, jnp.int32), never[:, 0], never))
-  (episodes, losses), _ = jax.lax.scan(body, start, jnp.arange(length))
+  none = Losses(
+    first=jnp.zeros((groups, particles)),
+    rest=jnp.zeros((groups, particles)),
+    steps=jnp.zeros(groups, jnp.int32),
+    restarted=jnp.zeros(groups, bool),
+    diverged=jnp.zeros((groups, particles), bool),
+  )
+  step_keys = jax.vmap(lambda t: split_step_keys(keys, t))(jnp.arange(length))
+  (episodes, losses), _ = jax.lax.scan(body, (episodes, none), step_keys)
   return episodes, losses
 
 
@@ -176,12 +190,11 @@ def unroll_episode(
 ) -> Losses:
   """One whole episode of every particle, from its first step to its last."""
   groups, particles = thetas.shape[:2]
-  begin_keys, _ = split_step_keys(keys, 0)
-  state, horizon = begin_groups(problem, begin_keys, particles)
+  state, horizon = begin(problem, split_step_keys(keys, 0)[:, 0], particles)
 
   def body(carry):
     t, state, total, diverged = carry
-    _, step_keys = split_step_keys(keys, t)
+    step_keys = split_step_keys(keys, t)[:, 1]
     state, loss, diverged_now = advance(problem, thetas, unravel, state, step_keys)
     running = (t < horizon)[:, None]
     return t + 1, state, total + jnp.where(running, loss, 0.0), diverged | (diverged_now & running)
@@ -191,12 +204,9 @@ def unroll_episode(
   return Losses(total, jnp.zeros_like(total), horizon, jnp.zeros(groups, bool), diverged)
 
 
-def split_step_keys(
-  keys: Key[Array, " groups"], t: Int[Array, ""] | int
-) -> tuple[Key[Array, " groups"], Key[Array, " groups"]]:
-  """For step t of a window: the keys to begin an episode with, should one have to, and those of the step."""
-  both = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, t)))(keys)
-  return both[:, 0], both[:, 1]
+def split_step_keys(keys: Key[Array, " groups"], t: Int[Array, ""] | int) -> Key[Array, "groups 2"]:
+  """For step t of a window: the keys to begin episodes with, should they have to, and those of the step itself."""
+  return jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, t)))(keys)
 
 
 def where_group(condition: Bool[Array, " groups"], this: Tree, that: Tree) -> Tree:

@@ -1,0 +1,211 @@
+"""Meta-trains a learned optimizer, then shows it beside tuned baselines on tasks that it never saw.
+
+    python experiments/meta_train.py --config=experiments/configs/digits.py --workdir=runs/digits
+
+Any architecture, task family and estimator: `--config=FILE:architecture=lstm,task=quadratic,estimator=es`; every
+field of the configuration is a flag, such as `--config.estimator.sigma=0.02`. The same command continues a run that
+was interrupted, and gives the same θ, bit for bit, as one that was not.
+
+Writes to the work directory: optimizer.safetensors (the trained optimizer, for `lopt.load`), comparison.json,
+comparison.md and comparison.png, metrics.jsonl, config.json, checkpoints/ and, unless disabled, wandb/.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from absl import app, flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from lopt import base, checkpoints, configuration, evaluation, files, inner_training, report, tracking, trained
+from lopt.outer import meta_training, parallel
+
+CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/digits.py", "What to run.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Where the run is kept, and continued from.")
+WANDB = flags.DEFINE_enum(
+  "wandb",
+  "auto",
+  ["auto", "online", "offline", "disabled"],
+  "Weights & Biases: online when logged in, else an offline run; or as said.",
+)
+
+Section = Mapping[str, Any]
+
+
+class Experiment(NamedTuple):
+  """A configuration, built."""
+
+  family: base.TaskFamily
+  optimizer: base.LearnedOptimizer
+  trainer: meta_training.Trainer
+  seed: int
+  num_outer_steps: int
+  periodic_evaluation: dict[str, int]
+  evaluation: dict[str, int]
+  checkpoint: dict[str, int]
+
+
+def build(
+  *,
+  seed: int,
+  num_outer_steps: int,
+  log_every: int,
+  meta_loss: Literal["train", "validation"],
+  architecture: Section,
+  task: Section,
+  horizon: Section,
+  estimator: Section,
+  outer_optimizer: Section,
+  periodic_evaluation: Section,
+  evaluation: Section,
+  checkpoint: Section,
+) -> Experiment:
+  """Makes of a configuration all that it names, so that whatever is wrong with it shows before any work starts."""
+  _at_least_one(num_outer_steps=num_outer_steps, log_every=log_every)
+  sections = {
+    "periodic_evaluation": configuration.call(_periodic, periodic_evaluation, where="config.periodic_evaluation"),
+    "evaluation": configuration.call(_comparison, evaluation, where="config.evaluation"),
+    "checkpoint": configuration.call(_checkpoint, checkpoint, where="config.checkpoint"),
+  }
+  multiples = {
+    "num_outer_steps": num_outer_steps,
+    "periodic_evaluation.every": sections["periodic_evaluation"]["every"],
+    "checkpoint.every": sections["checkpoint"]["every"],
+  }
+  for name, steps in multiples.items():
+    if steps % log_every:
+      raise ValueError(f"{name}: must be a multiple of log_every={log_every}, not {steps}")
+  updates = configuration.call(
+    meta_training.outer_optimizer, outer_optimizer, num_outer_steps, where="config.outer_optimizer"
+  )
+  horizons = configuration.call(inner_training.log_uniform_horizon, horizon, where="config.horizon")
+  optimizer = configuration.build("architectures", architecture, where="config.architecture")
+  family = configuration.build("tasks", task, where="config.task")
+  problem = inner_training.build(family, optimizer, horizon=horizons, meta_loss=meta_loss)
+  gradients = configuration.build("outer", estimator, problem, where="config.estimator")
+  trainer = meta_training.build(gradients, optimizer.init, updates, seed=seed, steps_per_call=log_every)
+  return Experiment(family, optimizer, trainer, seed, num_outer_steps, **sections)
+
+
+def _periodic(*, every: int, num_tasks: int, num_seeds: int, num_steps: int) -> dict[str, int]:
+  return _at_least_one(every=every, num_tasks=num_tasks, num_seeds=num_seeds, num_steps=num_steps)
+
+
+def _comparison(*, num_tasks: int, num_seeds: int, num_steps: int) -> dict[str, int]:
+  return _at_least_one(num_tasks=num_tasks, num_seeds=num_seeds, num_steps=num_steps)
+
+
+def _checkpoint(*, every: int, keep: int) -> dict[str, int]:
+  return _at_least_one(every=every, keep=keep)
+
+
+def _at_least_one(**counts: int) -> dict[str, int]:
+  for name, count in counts.items():
+    if count < 1:
+      raise ValueError(f"{name}: must be at least 1, not {count}")
+  return counts
+
+
+def claim(workdir: Path, config: Section) -> None:
+  """Writes the configuration into a fresh work directory, or checks that the one there is the same.
+
+  Raises:
+    ConfigError: The work directory belongs to a run of another configuration.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    files.write_atomically(path, json.dumps(config, indent=2) + "\n")
+    return
+  try:
+    there = json.loads(path.read_text("utf-8"))
+  except ValueError as error:
+    raise configuration.ConfigError(f"{path}: not JSON ({error}); use another --workdir") from error
+  if different := configuration.difference(there, config):
+    more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+    raise configuration.ConfigError(
+      f"{workdir}: is the work directory of another configuration: {different[0]}{more}; use another --workdir"
+    )
+
+
+def meta_train(experiment: Experiment, workdir: Path, tracker: tracking.Tracker, first_step: int) -> base.Theta:
+  """Runs the outer loop from `first_step` to its end, with a progress bar, and returns θ."""
+  trainer = experiment.trainer
+
+  def save(step: int, state: meta_training.MetaState) -> None:
+    checkpoints.save(workdir, step, trainer.save(state), keep=experiment.checkpoint["keep"])
+
+  options = dict(experiment.periodic_evaluation)
+  evaluation_every = options.pop("every")
+  metrics_of = evaluation.build_metrics(experiment.family, experiment.optimizer, seed=experiment.seed, **options)
+
+  def evaluate(step: int, state: meta_training.MetaState) -> None:
+    metrics = metrics_of(state.theta)
+    tracker.log(step, {f"evaluation/{name}": value for name, value in metrics.items()})
+    bar.write(f"outer step {step}: mean training loss {metrics['mean_loss']:.4f} on evaluation tasks")
+
+  total = experiment.num_outer_steps
+  with tqdm(total=total, initial=first_step, unit="step", desc="meta-training", dynamic_ncols=True) as bar:
+
+    def progress(steps: int, metrics: Mapping[str, float]) -> None:
+      bar.set_postfix_str(
+        f"meta-loss {metrics['meta_loss']:.4f}, {metrics['inner_steps_per_second']:,.0f} inner steps/s", refresh=False
+      )
+      bar.update(steps)
+
+    if first_step:
+      state = trainer.load(checkpoints.restore(workdir, trainer.saved_like, first_step))
+    else:
+      state = trainer.init()
+      evaluate(0, state)
+    state = meta_training.run(
+      trainer,
+      state,
+      first_step,
+      total,
+      record=tracker.log,
+      periodic=[
+        meta_training.Every(evaluation_every, evaluate),
+        meta_training.Every(experiment.checkpoint["every"], save),
+      ],
+      progress=progress,
+    )
+  return state.theta
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument: {argv[1]}")
+  parallel.setup()
+  config, workdir = configuration.plain(CONFIG.value), Path(WORKDIR.value)
+  experiment = configuration.call(build, config, where="config")
+  claim(workdir, config)
+  first_step = checkpoints.latest_step(workdir) or 0
+  tracker = tracking.start(workdir, config, wandb_mode=WANDB.value, resume_step=first_step or None)
+  theta = meta_train(experiment, workdir, tracker, first_step)
+  path = workdir / trained.FILENAME
+  trained.export(path, theta, config, outer_steps=experiment.num_outer_steps)
+  comparison = evaluation.compare(
+    experiment.family,
+    {"learned": (experiment.optimizer, theta)},
+    seed=experiment.seed,
+    progress=lambda stage: print(f"evaluation: {stage}", flush=True),
+    **experiment.evaluation,
+  )
+  picture = report.write(comparison, workdir)
+  tracker.log_image(experiment.num_outer_steps, "comparison", picture)
+  tracker.finish()
+  print(f"\n{report.table(comparison)}\n")
+  print(f"{report.verdict(comparison, 'learned')} Curves: {picture}")
+  print(f'The trained optimizer is {path}; use it with lopt.load("{path}")(num_steps=...).')
+
+
+if __name__ == "__main__":
+  try:
+    app.run(main, flags_parser=configuration.parse_flags)
+  except (configuration.ConfigError, checkpoints.CheckpointError, FloatingPointError, OSError) as error:
+    sys.exit(f"meta_train.py: {error}")
+  except KeyboardInterrupt:
+    sys.exit("\nmeta_train.py: interrupted; the same command continues from the last checkpoint")
