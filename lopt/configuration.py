@@ -67,6 +67,8 @@ def call(build: Callable[..., Any], options: Mapping[str, Any], *args: Any, wher
       raise ConfigError(f"{where}.{name}: missing; {_title(build)} has no default for it")
   try:
     return build(*args, **converted)
+  except ConfigError:
+    raise  # of a section within; it names its field
   except ValueError as error:
     raise ConfigError(f"{where}: {error}") from error
 
@@ -292,7 +294,8 @@ def _did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def _title(build: Callable[..., Any]) -> str:
-  return f"{build.__module__.rpartition('.')[2]}.{build.__qualname__}"
+  module_name = build.__module__.rpartition(".")[2]
+  return f"{module_name}.{build.__qualname__}".removeprefix("__main__.")
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

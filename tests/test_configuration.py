@@ -100,6 +100,14 @@ def test_a_bad_option_is_named(name, value, message):
   assert "\n" not in str(error.value)
 
 
+def test_the_error_of_a_section_within_is_not_prefixed_twice():
+  def outer(*, section: Any):
+    return configuration.call(build, section, None, where="config.section")
+
+  with pytest.raises(ConfigError, match=r"^config\.section: width: must be at least 1, not 0$"):
+    configuration.call(outer, {"section": {"width": 0}}, where="config")
+
+
 def test_an_option_without_default_must_be_given():
   def build(*, width: int):
     return width
@@ -261,7 +269,7 @@ def test_every_option_is_a_flag(script):
     "--config.estimator.unroll_length=7",  # None by default
     "--noconfig.estimator.stagger",
     "--config.architecture.hidden_sizes=(4, 5)",
-    "--config.horizon.max=12",
+    "--config.seed=12",
   )
   assert result.returncode == 0, result.stderr
   config = json.loads(result.stdout)
@@ -270,7 +278,7 @@ def test_every_option_is_a_flag(script):
   )
   assert config["architecture"]["name"] == "lstm"
   assert config["architecture"]["hidden_sizes"] == [4, 5]
-  assert config["horizon"]["max"] == 12
+  assert config["seed"] == 12
 
 
 @pytest.mark.parametrize(
