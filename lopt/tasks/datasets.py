@@ -22,6 +22,7 @@ import tempfile
 import urllib.parse
 import urllib.request
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,9 +134,7 @@ def _not_prepared(name: str, root: Path) -> Exception:
     return _unknown(name, root)
   configs = sorted(path.parents[1].name for path in (root / name).glob("*/*/dataset_info.json"))
   if configs:
-    return ValueError(
-      f"dataset={name!r} has several forms; prepared in {root}: {name}/{f', {name}/'.join(configs)}"
-    )
+    return ValueError(f"dataset={name!r} has several forms; prepared in {root}: {name}/{f', {name}/'.join(configs)}")
   return FileNotFoundError(
     f"dataset={name!r} is not prepared in {root / name}; do so once where TensorFlow is installed: "
     f"tfds.builder({name!r}, data_dir={str(root)!r}, file_format='array_record').download_and_prepare()"
@@ -144,6 +143,7 @@ def _not_prepared(name: str, root: Path) -> Exception:
 
 def _prepare(name: str, root: Path) -> Path:
   """Prepares the set in a folder of its own and moves it to its place: of several processes the first one wins."""
+  import requests
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
@@ -176,12 +176,19 @@ def _prepare(name: str, root: Path) -> Path:
   except NonMatchingChecksumError as error:
     what = str(error).partition("\n")[0].rstrip(":")
     raise OSError(f"dataset={name!r}: {what}; the file is corrupt: get the original, or delete it") from None
-  except OSError as error:
-    reason = files.explain(error, root / name)
-    needed = _PREPARED_HERE[name] // 1_000_000
+  except (tfds.download.DownloadError, requests.RequestException) as error:
+    what = str(error).partition("\n")[0]
     raise OSError(
-      error.errno, f"dataset={name!r}: {reason.strerror}; free {needed} MB or choose another data_dir"
+      f"dataset={name!r}: download failed ({what}); try again, or set LOPT_MANUAL_DIR to a folder that has the "
+      f"original files in {name}/"
     ) from error
+  except (OSError, RuntimeError) as error:
+    if isinstance(error, RuntimeError) and "write() failed" not in str(error):  # that one is array_record's
+      raise
+    failed = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
+    reason = files.explain(failed, root / name).strerror
+    remedy = f"see that {_PREPARED_HERE[name] // 1_000_000} MB are free and writable, or choose another data_dir"
+    raise OSError(failed.errno or errno.EIO, f"dataset={name!r}: {reason}; {remedy}") from error
   finally:
     if staging is not None:
       shutil.rmtree(staging, ignore_errors=True)
@@ -191,7 +198,7 @@ def _check_sources(name: str, root: Path, manual_dir: Path | None) -> None:
   """Fails at once where TFDS would try for minutes to download what it cannot have."""
   import tensorflow_datasets as tfds
 
-  urls = list(tfds.builder_cls(name).url_infos)
+  urls = list(tfds.builder_cls(name).url_infos or ())
   missing = [url for url in urls if manual_dir is None or not (manual_dir / _file_name(url)).is_file()]
   if not missing:
     return
@@ -252,15 +259,21 @@ def _digits_builder(data_dir: Path) -> Any:
 
 
 def _idx_builder(name: str, data_dir: Path) -> Any:
-  """The catalogue's builder of an MNIST-like set, with the three steps replaced that need TensorFlow."""
+  """The catalogue's builder of mnist or fashion_mnist, with the three steps replaced that need TensorFlow.
+
+  These are gunzip, reading idx and encoding PNG. It writes what the unmodified builder would, which can read it.
+  """
   import PIL.Image
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core import registered
 
-  stock = tfds.builder_cls(name)
+  stock: Any = tfds.builder_cls(name)
   with registered.skip_registration():
 
     class Idx(stock):
+      name = stock.name
+      url_infos = stock.url_infos  # the registered check sums
+
       def _split_generators(self, dl_manager):
         paths = dl_manager.download({_file_name(url): url for url in self.url_infos})
         return {
@@ -278,7 +291,6 @@ def _idx_builder(name: str, data_dir: Path) -> Any:
         for index, (image, label) in enumerate(zip(images.reshape(-1, 28, 28), labels, strict=True)):
           yield index, {"image": PIL.Image.fromarray(image), "label": int(label)}
 
-  Idx.name = name
   return Idx(data_dir=data_dir, file_format="array_record")
 
 
@@ -286,8 +298,8 @@ def _decode(name: str, directory: Path) -> dict[str, np.ndarray]:
   """Reads all examples of a prepared set."""
   import tensorflow_datasets as tfds
 
-  builder = tfds.builder_from_directory(directory)
-  file_format = getattr(builder.info.file_format, "value", None)
+  builder: Any = tfds.builder_from_directory(directory)
+  file_format = getattr(builder.info.file_format, "value", "an unknown")
   if file_format != "array_record":
     raise ValueError(
       f"dataset={name!r} in {directory} is in {file_format} format, which needs TensorFlow; prepare it again with "
@@ -295,19 +307,20 @@ def _decode(name: str, directory: Path) -> dict[str, np.ndarray]:
     )
   features, splits = builder.info.features, builder.info.splits
   test = "test" if "test" in splits else "validation"
-  if not {"image", "label"} <= set(features or ()) or not {"train", test} <= set(splits):
+  if not {"image", "label"} <= set(features) or not {"train", test} <= set(splits):
     raise ValueError(
       f"dataset={name!r} in {directory} is not for image classification: that takes features image and label (it "
-      f"has {', '.join(features or ())}) and splits train and test or validation (it has {', '.join(splits)})"
+      f"has {', '.join(features)}) and splits train and test or validation (it has {', '.join(splits)})"
     )
-  arrays: dict[str, np.ndarray] = {"num_classes": np.int32(features["label"].num_classes)}  # pyright: ignore
+  arrays: dict[str, np.ndarray] = {"num_classes": np.array(features["label"].num_classes)}
   for split, source_split in (("train", "train"), ("test", test)):
-    source: Any = builder.as_data_source(source_split)
-    examples = [
-      example
-      for start in range(0, len(source), 1024)  # batched access is twice as fast as iteration
-      for example in source.__getitems__(range(start, min(start + 1024, len(source))))
-    ]
+    source = builder.as_data_source(source_split)
+    with _without_advice():
+      examples = [
+        example
+        for start in range(0, len(source), 1024)  # batched access is twice as fast as iteration
+        for example in source.__getitems__(range(start, min(start + 1024, len(source))))
+      ]
     shapes = {example["image"].shape for example in examples}
     if len(shapes) != 1 or examples[0]["image"].dtype != np.uint8:
       raise ValueError(f"dataset={name!r} in {directory}: its images are not uint8 of one size, but {shapes}")
@@ -316,10 +329,26 @@ def _decode(name: str, directory: Path) -> dict[str, np.ndarray]:
   return arrays
 
 
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+  """Keeps from the terminal TFDS's advice to install OpenCV, which would hardly help for a set decoded once."""
+
+  def keep(record: logging.LogRecord) -> bool:
+    return "OpenCV" not in record.getMessage()
+
+  logger = logging.getLogger("absl")
+  logger.addFilter(keep)
+  try:
+    yield
+  finally:
+    logger.removeFilter(keep)
+
+
 def _read_cache(directory: Path) -> dict[str, np.ndarray] | None:
   """The decoded set; None where there is none that can be read whole (the archive has check sums)."""
   try:
-    with np.load(directory / _CACHE, allow_pickle=False) as cache:
+    # np.load of a path would leave the file open where it is no archive.
+    with (directory / _CACHE).open("rb") as file, np.load(file, allow_pickle=False) as cache:
       return {key: cache[key] for key in (*_ARRAYS, "num_classes")}
   except FileNotFoundError:
     return None
