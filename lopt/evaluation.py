@@ -39,7 +39,7 @@ MAX_EXTENSIONS = 4
 REFERENCE = "Adam"
 """The tuned baseline whose final loss is the target of `steps_to_target`."""
 RUNS_PER_BLOCK = {"cpu": 1}
-"""How many runs (each with all its θ) a device trains at once; 64 where not given. More would leave a CPU's caches."""
+"""How many runs (each with all its θ) a device trains at once; 64 where not given. More leave a CPU's caches."""
 
 
 class Tasks(NamedTuple):
@@ -185,7 +185,16 @@ def compare(
   say = progress or (lambda message: None)
   tasks = sample_tasks(family, seed, HELD_OUT, num_tasks)
   seeds = jnp.arange(num_seeds)
-  build = functools.partial(build_train, family, num_steps=num_steps, num_validation_batches=num_validation_batches)
+
+  @functools.cache  # one program for several θ of one architecture
+  def build(optimizer: LearnedOptimizer, *, theta_per_task: bool = False) -> Train:
+    return build_train(
+      family,
+      optimizer,
+      num_steps=num_steps,
+      num_validation_batches=num_validation_batches,
+      theta_per_task=theta_per_task,
+    )
 
   def tune_and_train(name: str, optimizer: LearnedOptimizer) -> tuple[Runs, list[Tuning]]:
     train = build(optimizer, theta_per_task=True)
