@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lopt import baselines, evaluation, files
+from lopt import evaluation, files
 from lopt.evaluation import REFERENCE, Comparison, Measures
 
 # Okabe and Ito's colours, which the colour-blind can tell apart: warm ones for the learned, cold ones for baselines.
@@ -106,7 +107,8 @@ def plot(
     small.set_title(f"Task {index + 1}", fontsize=9)
     small.set_xticks([0, comparison.num_steps])
     small.tick_params(labelsize=8, labelleft=column == 0, labelbottom=index + columns >= num_panels)
-  figure.supxlabel(_caption(comparison), fontsize=7.5, color="#555555")
+  caption = textwrap.fill(_caption(comparison), int(15 * figure.get_figwidth()))  # letters to the inch
+  figure.supxlabel(caption, fontsize=7.5, color="#555555")
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png")
   files.write_atomically(path, buffer.getvalue())
@@ -232,6 +234,6 @@ def _smooth_for_the_eye(curves: Float[np.ndarray, "seeds T"]) -> Float[np.ndarra
 def _caption(c: Comparison) -> str:
   return (
     f"Lines: means over {c.num_seeds} seeds. Bands: lowest to highest seed. Both smoothed by a trailing mean over "
-    f"a tenth of the steps so far, at most {evaluation.window(c.num_steps)}.\n{' and '.join(c.baselines)}: for each "
-    f"task, the best of {len(baselines.LEARNING_RATES)} learning rates, chosen on other seeds."
+    f"a tenth of the steps so far, at most {evaluation.window(c.num_steps)}. {' and '.join(c.baselines)}: learning "
+    "rate tuned for each task on other seeds."
   )

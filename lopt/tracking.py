@@ -15,11 +15,11 @@ import secrets
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from lopt.files import explain, write_atomically
 
-Mode = Literal["auto", "online", "offline", "disabled"]
+MODES = ("auto", "online", "offline", "disabled")
 
 _INIT_TIMEOUT = 20  # seconds to reach the W&B server at the start of a run
 _FINISH_TIMEOUT = 60  # seconds to upload what is left at its end
@@ -40,7 +40,7 @@ def start(
   workdir: str | os.PathLike[str],
   config: Mapping[str, Any],
   *,
-  wandb_mode: Mode = "auto",
+  wandb_mode: str = "auto",
   resume_step: int | None = None,
 ) -> Tracker:
   """Begins or resumes tracking.
@@ -52,7 +52,7 @@ def start(
   Args:
     workdir: of the run.
     config: what to show as the run's configuration; JSON types only.
-    wandb_mode: 'auto': what the environment variable WANDB_MODE says; where it is not set, online if there are
+    wandb_mode: one of `MODES`; 'auto' is what the environment variable WANDB_MODE says; where it is not set, online if there are
       credentials (WANDB_API_KEY, `wandb login`), else offline.
     resume_step: outer step of the checkpoint that the run goes on from; None for a new run.
 
@@ -63,8 +63,8 @@ def start(
   workdir = Path(workdir)
   mode = os.environ.get("WANDB_MODE", "auto") if wandb_mode == "auto" else wandb_mode
   mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # W&B's older names
-  if mode not in ("auto", "online", "offline", "disabled"):
-    raise ValueError(f"W&B mode: must be auto, online, offline or disabled, not {mode!r}")
+  if mode not in MODES:
+    raise ValueError(f"W&B mode: must be one of {', '.join(MODES)}, not {mode!r}")
   path = workdir / "metrics.jsonl"
   write_atomically(path, "" if resume_step is None else _records_until(path, resume_step))
   file = path.open("a", encoding="utf-8")

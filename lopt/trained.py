@@ -139,9 +139,7 @@ def load(path: str | Path) -> TrainedOptimizer:
     there, here = found.get(name, "absent"), expected.get(name, "absent")
     if there != here:
       title = f"architecture {section['name']!r}"
-      raise LoadError(
-        f"{path}: θ does not fit the {title}: {name} is {there} in the file and {here} in the {title}"
-      )
+      raise LoadError(f"{path}: θ does not fit the {title}: {name} is {there} in the file and {here} in the {title}")
   theta = jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in expected])
   return TrainedOptimizer(theta, architecture, config)
 

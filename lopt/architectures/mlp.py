@@ -99,7 +99,7 @@ def build(
 
       def accumulate(m, g):
         beta = decays.reshape(-1, *[1] * g.ndim)
-        return beta * m + (1 - beta) * g
+        return beta * m + (1 - beta) * g[None]
 
       def update(g, p, m):
         features = jnp.concatenate([g[None], p[None], m]).reshape(8, -1)

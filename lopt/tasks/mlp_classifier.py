@@ -140,14 +140,15 @@ def build(
   network = hk.without_apply_rng(hk.transform(forward))
 
   def sample(key: base.PRNGKey) -> MLPTask:
-    keys = jax.random.split(key, 6)
+    # One draw for all: tasks are drawn inside of unrolls, where draws take longer than what is made of them.
+    uniform = jax.random.uniform(key, (5 + data.num_classes,))
     return MLPTask(
-      classes=jax.random.permutation(keys[0], data.num_classes),
-      num_classes=jax.random.randint(keys[1], (), min_classes, most_classes + 1),
-      activation=jax.random.randint(keys[2], (), 0, len(activations)),
-      weight_scale=_log_uniform(keys[3], weight_scale),
-      input_scale=_log_uniform(keys[4], input_scale),
-      loss_scale=_log_uniform(keys[5], loss_scale),
+      classes=jnp.argsort(uniform[5:]),
+      num_classes=min_classes + (uniform[0] * (most_classes + 1 - min_classes)).astype(jnp.int32),
+      activation=(uniform[1] * len(activations)).astype(jnp.int32),
+      weight_scale=_log_uniform(uniform[2], weight_scale),
+      input_scale=_log_uniform(uniform[3], input_scale),
+      loss_scale=_log_uniform(uniform[4], loss_scale),
     )
 
   def init(key: base.PRNGKey, task_params: MLPTask) -> base.Params:
@@ -205,8 +206,9 @@ def _sort_by_class(data: datasets.Dataset, split: str, dataset: str) -> _Split:
   )
 
 
-def _log_uniform(key: base.PRNGKey, bounds: tuple[float, float]) -> base.Scalar:
-  return jnp.exp(jax.random.uniform(key, minval=math.log(bounds[0]), maxval=math.log(bounds[1])))
+def _log_uniform(uniform: base.Scalar, bounds: tuple[float, float]) -> base.Scalar:
+  low, high = math.log(bounds[0]), math.log(bounds[1])
+  return jnp.exp(low + (high - low) * uniform)
 
 
 def _scale_bits(bits: UInt32[Array, " B"], n: Int[Array, "..."]) -> tuple[Int[Array, " B"], UInt32[Array, " B"]]:

@@ -1,0 +1,238 @@
+"""Special cases of estimators that must equal simpler algorithms, and what may not change their results."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lopt import base
+from lopt.outer import es, parallel, pes, unrolls
+
+THETA = {"w": jnp.array([0.3, -0.2]), "b": jnp.float32(0.1)}
+
+
+def problem(minimum=5, maximum=5, loss_cap=np.inf):
+  """A small nonlinear recurrence with random inputs, whose state remembers its whole past."""
+
+  def horizon(key):
+    return jax.random.randint(key, (), minimum, maximum + 1)
+
+  def init(key, num_steps):
+    return {"x": jax.random.normal(key, (2,)), "left": num_steps}
+
+  def step(theta, state, key):
+    x = jnp.tanh(theta["w"] * state["x"] + theta["b"] + 0.3 * jax.random.normal(key, (2,)))
+    return {"x": x, "left": state["left"] - 1}, jnp.sum(jnp.square(x - 0.5))
+
+  return base.UnrolledProblem(horizon, init, step, loss_cap)
+
+
+def leaves(tree):
+  return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def run(estimator, num_windows, theta=THETA):
+  state = estimator.init(jax.random.key(1), theta)
+  results = []
+  for i in range(num_windows):
+    gradient, state, metrics = jax.jit(estimator.estimate)(jax.random.key(10 + i), theta, state)
+    results.append((leaves(gradient), metrics))
+  return results
+
+
+def test_pes_with_k_equal_to_t_is_full_es():
+  lockstep = pes.build(problem(), num_pairs=6, sigma=0.1, unroll_length=5, stagger=False)
+  full = es.build(problem(), num_pairs=6, sigma=0.1)
+  for (a, a_metrics), (b, b_metrics) in zip(run(lockstep, 3), run(full, 3), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    for name, value in a_metrics.items():
+      np.testing.assert_allclose(value, b_metrics[name], rtol=1e-5, err_msg=name)
+
+
+def test_truncated_es_is_pes_within_the_first_window_and_not_after():
+  """In the first window ξ = ε and both depart from fresh states; in the second only PES remembers the first."""
+  options = {"num_pairs": 6, "sigma": 0.1, "unroll_length": 3, "stagger": False}
+  persistent = run(pes.build(problem(20, 20), **options), 2)
+  truncated = run(es.build(problem(20, 20), **options), 2)
+  np.testing.assert_allclose(persistent[0][0], truncated[0][0], rtol=1e-5)
+  assert not np.allclose(persistent[1][0], truncated[1][0], rtol=0.1)
+
+
+def test_truncated_es_advances_under_the_mean_theta():
+  """A plain loop with θ from the estimator's own first state, same keys, arrives at the same states."""
+  estimator = es.build(problem(20, 20), num_pairs=3, sigma=0.5, unroll_length=4, stagger=False)
+  state = estimator.init(jax.random.key(1), THETA)
+  _, after_one, _ = estimator.estimate(jax.random.key(2), THETA, state)
+  _, after_two, _ = estimator.estimate(jax.random.key(3), THETA, after_one)
+  for pair in range(3):
+    _, key = jax.random.split(jax.random.fold_in(jax.random.key(3), pair))
+    inner = jax.tree.map(lambda x, pair=pair: x[pair], after_one.episodes.state)
+    for t in range(4):
+      _, step_key = jax.random.split(jax.random.fold_in(key, t))
+      inner, _ = problem(20, 20).step(THETA, inner, step_key)
+    np.testing.assert_allclose(inner["x"], after_two.episodes.state["x"][pair], rtol=1e-5)
+
+
+def pes_reference(problem, key, theta, state, sigma, unroll_length):
+  """PES for one outer step, as one would write it down: a loop over pairs, signs and steps; NumPy sums."""
+  estimates = []
+  flat, unravel = unrolls.ravel(theta)
+  for pair, index in enumerate(state.index):
+    noise_key, key_of_steps = jax.random.split(jax.random.fold_in(key, index))
+    epsilon = sigma * jax.random.normal(noise_key, flat.shape)
+    old, new = {}, {}
+    for sign in (0, 1):
+      inner = jax.tree.map(lambda x, pair=pair, sign=sign: x[pair, sign], state.episodes.state)
+      left, share = int(state.episodes.steps_left[pair]), float(state.episodes.next_share[pair])
+      old[sign], new[sign], restarted = 0.0, 0.0, False
+      for t in range(unroll_length):
+        begin_key, step_key = jax.random.split(jax.random.fold_in(key_of_steps, t))
+        if left == 0:
+          horizon_key, init_key = jax.random.split(begin_key)
+          horizon = problem.horizon(horizon_key)
+          inner = problem.init(init_key, horizon)
+          left, share, restarted = max(1, int(np.ceil(share * int(horizon)))), 1.0, True
+        perturbed = unravel(flat + (1 - 2 * sign) * epsilon)
+        inner, loss = problem.step(perturbed, inner, step_key)
+        left -= 1
+        (new if restarted else old)[sign] += float(loss)
+    xi = state.xi[pair] + epsilon
+    estimate = xi * (old[0] - old[1]) + epsilon * (new[0] - new[1])
+    estimates.append(np.asarray(estimate) / (2 * sigma**2 * unroll_length))
+  return np.mean(estimates, axis=0)
+
+
+@pytest.mark.parametrize("unroll_length", [1, 3, 5, 7, 12])
+@pytest.mark.parametrize("stagger", [False, True])
+def test_pes_equals_a_plain_loop(unroll_length, stagger):
+  horizons = problem(2, 6)
+  estimator = pes.build(horizons, num_pairs=3, sigma=0.2, unroll_length=unroll_length, stagger=stagger)
+  state = estimator.init(jax.random.key(0), THETA)
+  for i in range(5):
+    key = jax.random.key(100 + i)
+    expected = pes_reference(horizons, key, THETA, state, 0.2, unroll_length)
+    gradient, state, _ = jax.jit(estimator.estimate)(key, THETA, state)
+    np.testing.assert_allclose(leaves(gradient), expected, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "build",
+  [
+    lambda **options: pes.build(problem(2, 9), num_pairs=8, sigma=0.1, unroll_length=4, **options),
+    lambda **options: es.build(problem(2, 9), num_pairs=8, sigma=0.1, unroll_length=4, **options),
+    lambda **options: es.build(problem(2, 9), num_pairs=8, sigma=0.1, **options),
+  ],
+  ids=["pes", "truncated es", "full es"],
+)
+class TestEveryEstimator:
+  def test_blocks_do_not_matter(self, build):
+    whole = run(build(pairs_per_block=8), 4)
+    for size in (1, 3):
+      for (a, _), (b, _) in zip(whole, run(build(pairs_per_block=size), 4), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+  @pytest.mark.parametrize("devices", [1, 2, 4])
+  def test_devices_do_not_matter(self, build, devices):
+    estimator = build(pairs_per_block=2)
+    averaged = parallel.averaged(estimator)
+    program = parallel.spread(
+      lambda step, theta, state: averaged.estimate(jax.random.key(step), theta, state), devices
+    )
+    state = parallel.split(estimator.init(jax.random.key(1), THETA), devices)
+    for i, (expected, expected_metrics) in enumerate(run(estimator, 3)):
+      gradient, state, metrics = program_result(program, 10 + i, state)
+      np.testing.assert_allclose(leaves(gradient), expected, rtol=1e-4, atol=1e-6)
+      for name, value in metrics.items():
+        np.testing.assert_allclose(value, expected_metrics[name], rtol=1e-4, err_msg=name)
+
+  def test_order_of_particles_does_not_matter(self, build):
+    estimator = build()
+    state = estimator.init(jax.random.key(1), THETA)
+    _, state, _ = estimator.estimate(jax.random.key(2), THETA, state)
+    shuffled = jax.tree.map(lambda x: x[jnp.array([3, 1, 7, 0, 2, 6, 5, 4])], state)
+    expected, *_ = estimator.estimate(jax.random.key(3), THETA, state)
+    gradient, *_ = estimator.estimate(jax.random.key(3), THETA, shuffled)
+    np.testing.assert_allclose(leaves(gradient), leaves(expected), rtol=1e-4, atol=1e-6)
+
+  def test_a_second_call_does_not_compile(self, build):
+    estimator = build()
+    compiled = jax.jit(estimator.estimate)
+    state = jax.jit(estimator.init)(jax.random.key(1), THETA)
+    theta = THETA
+    for i in range(3):
+      gradient, state, _ = compiled(jax.random.key(i), theta, state)
+      theta = jax.tree.map(lambda t, g: t - 0.01 * g, theta, gradient)
+    assert compiled._cache_size() == 1
+
+
+def program_result(program, step, state):
+  gradient, state, metrics = program(np.uint32(step), THETA, state)
+  return gradient, state, metrics
+
+
+def test_memory_does_not_grow_with_the_horizon():
+  def bytes_needed(horizon):
+    estimator = pes.build(problem(horizon, horizon), num_pairs=8, unroll_length=4)
+    state = estimator.init(jax.random.key(1), THETA)
+    memory = jax.jit(estimator.estimate).lower(jax.random.key(2), THETA, state).compile().memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+  assert bytes_needed(100_000) == bytes_needed(10)
+
+
+def test_diverged_runs_are_capped_and_counted():
+  """Losses of 1e30 and NaN after step 3, for pairs with odd keys, enter as the cap and show in the metrics."""
+
+  def init(key, num_steps):
+    del num_steps
+    return jax.random.bernoulli(key), jnp.int32(0)
+
+  def step(theta, state, key):
+    del key
+    broken, t = state
+    bad = jnp.where(t % 2 == 0, jnp.nan, 1e30)
+    return (broken, t + 1), jnp.where(broken & (t >= 3), bad, 1.0 + 0.0 * theta)
+
+  runs = base.UnrolledProblem(lambda key: jnp.int32(5), init, step, loss_cap=7.0)
+  estimator = es.build(runs, num_pairs=64, sigma=0.1)
+  state = estimator.init(jax.random.key(0), jnp.zeros(()))
+  gradient, _, metrics = estimator.estimate(jax.random.key(1), jnp.zeros(()), state)
+  share = float(metrics["diverged"])
+  assert 0.25 < share < 0.75
+  np.testing.assert_allclose(metrics["meta_loss"], 1.0 + share * 2 * 6.0 / 5, rtol=1e-5)
+  np.testing.assert_allclose(gradient, 0.0, atol=1e-4)
+
+
+def test_staggered_pairs_are_at_every_age():
+  """After the first episodes, ages are uniform over the horizon: mean and variance of U{0..T-1} within 5 errors."""
+  horizon, pairs = 40, 4000
+  estimator = pes.build(problem(horizon, horizon), num_pairs=pairs, unroll_length=20, pairs_per_block=pairs)
+  state = estimator.init(jax.random.key(0), THETA)
+  for i in range(3):
+    _, state, _ = jax.jit(estimator.estimate)(jax.random.key(i), THETA, state)
+  left = np.asarray(state.episodes.steps_left)
+  counts = np.bincount(left, minlength=horizon)
+  assert len(counts) == horizon  # 0..T-1 steps left
+  chi_square = np.sum((counts - pairs / horizon) ** 2 / (pairs / horizon))
+  assert chi_square < (horizon - 1) + 5 * np.sqrt(2 * (horizon - 1))
+
+
+@pytest.mark.parametrize(
+  ("build", "message"),
+  [
+    (lambda: pes.build(problem(), num_pairs=0), "num_pairs: must be at least 1, not 0"),
+    (lambda: pes.build(problem(), unroll_length=-1), "unroll_length: must be at least 1, not -1"),
+    (lambda: pes.build(problem(), sigma=0.0), "sigma: must be above 0, not 0.0"),
+    (lambda: es.build(problem(), unroll_length=0), "unroll_length: must be at least 1, not 0"),
+    (lambda: es.build(problem(), pairs_per_block=0), "pairs_per_block: must be at least 1, not 0"),
+  ],
+)
+def test_bad_settings_are_named(build, message):
+  with pytest.raises(ValueError, match=message):
+    build()
+
+
+def test_integer_theta_is_refused():
+  estimator = pes.build(problem())
+  with pytest.raises(TypeError, match=r"theta\['n'\]: int32"):
+    estimator.init(jax.random.key(0), {"n": jnp.array(3)})
