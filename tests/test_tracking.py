@@ -121,7 +121,7 @@ def test_the_environment_decides_unless_told_otherwise(tmp_path, monkeypatch, va
 
 def test_an_unknown_mode_is_an_error(tmp_path, monkeypatch):
   monkeypatch.setenv("WANDB_MODE", "onlin")
-  with pytest.raises(ValueError, match="must be auto, online, offline or disabled, not 'onlin'"):
+  with pytest.raises(ValueError, match="must be one of auto, online, offline, disabled, not 'onlin'"):
     tracking.start(tmp_path, {})
 
 

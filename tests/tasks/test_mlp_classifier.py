@@ -1,5 +1,6 @@
 """The family of MLP classifiers against scikit-learn's digits, NumPy in float64 and chi-square tests."""
 
+import itertools
 import math
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 import scipy.special
 import scipy.stats
 import sklearn.datasets
+from jax.flatten_util import ravel_pytree
 
 from lopt import base
 from lopt.tasks import datasets, mlp_classifier
@@ -158,27 +160,31 @@ def reference(params, batch, num_classes, activation):
 
 
 @pytest.mark.parametrize("hidden_sizes", [(), (16,), (12, 8)])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_loss_is_the_masked_cross_entropy(data_dir, hidden_sizes, activation):
-  names = tuple(ACTIVATIONS)
-  family = mlp_classifier.build(hidden_sizes=hidden_sizes, activations=names, data_dir=data_dir)
-  sample, init, loss = jax.jit(family.sample), jax.jit(family.init), jax.jit(family.loss)
-  batch_of = jax.jit(family.batch, static_argnums=2)
-  for i, num_classes in enumerate((2, 5, 10)):
-    task_key, init_key, batch_key, loss_key = jax.random.split(jax.random.key(i), 4)
-    task_params = sample(task_key)._replace(
-      num_classes=jnp.int32(num_classes), activation=jnp.int32(names.index(activation))
-    )
-    params = init(init_key, task_params)
+def test_loss_is_the_masked_cross_entropy(data_dir, hidden_sizes):
+  family = mlp_classifier.build(hidden_sizes=hidden_sizes, activations=tuple(ACTIVATIONS), data_dir=data_dir)
+
+  @jax.jit
+  def start(key, task_params):
+    init_key, batch_key, noise_key = jax.random.split(key, 3)
+    params, unravel = ravel_pytree(family.init(init_key, task_params))
     # Biases start at zero, where they would go untested.
-    noise = np.random.default_rng(i)
-    params = jax.tree.map(lambda x, noise=noise: x + 0.1 * noise.normal(size=x.shape).astype(np.float32), params)
-    batch = batch_of(batch_key, task_params, "train")
-    value, metrics = loss(params, loss_key, batch, task_params)
-    cross_entropy, accuracy = reference(params, batch, num_classes, activation)
-    np.testing.assert_allclose(value, float(task_params.loss_scale) * cross_entropy, rtol=2e-5)
-    np.testing.assert_allclose(metrics["accuracy"], accuracy, rtol=1e-6)
-    np.testing.assert_allclose(family.normalize(value, task_params), cross_entropy / np.log(num_classes), rtol=2e-5)
+    params = unravel(params + 0.1 * jax.random.normal(noise_key, params.shape))
+    return params, family.batch(batch_key, task_params, "train")
+
+  @jax.jit
+  def losses(params, batch, task_params):
+    loss, metrics = family.loss(params, jax.random.key(0), batch, task_params)
+    return loss, metrics["accuracy"], family.normalize(loss, task_params)
+
+  tasks = sample(family, 15)
+  for i, (activation, num_classes) in enumerate(itertools.product(ACTIVATIONS, (2, 5, 10))):
+    task_params = take(tasks, i)._replace(num_classes=jnp.int32(num_classes), activation=jnp.int32(i // 3))
+    params, batch = start(jax.random.key(i), task_params)
+    loss, accuracy, normalized = losses(params, batch, task_params)
+    expected_loss, expected_accuracy = reference(params, batch, num_classes, activation)
+    np.testing.assert_allclose(loss, float(task_params.loss_scale) * expected_loss, rtol=2e-5)
+    np.testing.assert_allclose(accuracy, expected_accuracy, rtol=1e-6)
+    np.testing.assert_allclose(normalized, expected_loss / np.log(num_classes), rtol=2e-5)
 
 
 def test_a_uniform_guess_has_normalized_loss_one(family, tasks):
