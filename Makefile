@@ -20,7 +20,7 @@ evaluate: .venv/runtime  ## compare the optimizer trained in WORKDIR with tuned 
 	$(BIN)/python experiments/evaluate.py --workdir=$(WORKDIR)
 
 test: .venv/dev  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
 
 check: .venv/dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -52,8 +52,8 @@ def start(
   Args:
     workdir: of the run.
     config: what to show as the run's configuration; JSON types only.
-    wandb_mode: one of `MODES`; 'auto' is what the environment variable WANDB_MODE says; where it is not set, online if there are
-      credentials (WANDB_API_KEY, `wandb login`), else offline.
+    wandb_mode: one of `MODES`. 'auto' is what the environment variable WANDB_MODE says; where it is not set, online
+      if there are credentials (WANDB_API_KEY, `wandb login`), else offline.
     resume_step: outer step of the checkpoint that the run goes on from; None for a new run.
 
   Raises:
