@@ -122,6 +122,19 @@ def test_a_run_that_becomes_nan_is_capped_and_counted():
   assert runs.validation_loss[0, 0, 1] == CAP
 
 
+def test_one_loss_above_the_cap_makes_a_run_a_diverged_one_wherever_it_is():
+  family = quadratic_family(noise=25.0)  # a loss is above the cap with probability 2%
+  tasks = evaluation.sample_tasks(family, 0, evaluation.HELD_OUT, 2)
+  train = evaluation.build_train(family, sgd(), num_steps=10, num_validation_batches=1)
+  runs = train({"log_learning_rate": jnp.full((1,), -jnp.inf)}, tasks, jnp.arange(100))
+  training, last = (np.asarray(runs.losses) == CAP).any(axis=-1), np.asarray(runs.losses)[..., -1] == CAP
+  validation = np.asarray(runs.validation_loss) == CAP
+  assert (training & ~last & ~validation).any()
+  assert (validation & ~training).any()
+  assert (~validation & ~training).any()
+  np.testing.assert_array_equal(runs.diverged, training | validation)
+
+
 def test_keys_are_those_documented_and_do_not_depend_on_the_optimizer():
   family = quadratic_family(noise=1.0)
   tasks = evaluation.sample_tasks(family, 5, evaluation.PERIODIC, 2)
