@@ -64,13 +64,12 @@ def build(
   _require(0 <= gradient_noise < math.inf, "gradient_noise", gradient_noise, "at least 0")
 
   def sample(key: base.PRNGKey) -> QuadraticTask:
-    curvature_key, condition_key, spectrum_key, basis_key, minimum_key = jax.random.split(key, 5)
-    log_largest = jax.random.uniform(curvature_key, minval=math.log(curvature[0]), maxval=math.log(curvature[1]))
-    log_condition = jax.random.uniform(
-      condition_key, minval=math.log(condition_number[0]), maxval=math.log(condition_number[1])
-    )
+    spectrum_key, basis_key, minimum_key = jax.random.split(key, 3)
+    uniform = jax.random.uniform(spectrum_key, (2 + dimension,))
+    log_largest = _interpolate(math.log(curvature[0]), math.log(curvature[1]), uniform[0])
+    log_condition = _interpolate(math.log(condition_number[0]), math.log(condition_number[1]), uniform[1])
     # The first and the last eigenvalue are the ends of the range, whose ratio then is the condition number.
-    position = jax.random.uniform(spectrum_key, (dimension,)).at[-1].set(1.0).at[0].set(0.0)
+    position = uniform[2:].at[-1].set(1.0).at[0].set(0.0)
     eigenvalues = jnp.exp(log_largest - position * log_condition)
     basis = jax.random.orthogonal(basis_key, dimension)
     hessian = (basis * eigenvalues[None, :]) @ basis.T
@@ -104,6 +103,10 @@ def build(
     return loss / task_params.start_loss
 
   return base.TaskFamily(sample, init, batch, loss, normalize, LOSS_CAP)
+
+
+def _interpolate(low: float, high: float, position: base.Scalar) -> base.Scalar:
+  return low + (high - low) * position
 
 
 def _require(condition: bool, name: str, value: object, what: str) -> None:
