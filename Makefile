@@ -17,10 +17,10 @@ meta-train: .venv/runtime  ## meta-train an optimizer on digits (or CONFIG=..., 
 	$(BIN)/python experiments/meta_train.py --config=$(CONFIG) --workdir=$(WORKDIR)
 
 evaluate: .venv/runtime  ## compare the optimizer trained in WORKDIR with tuned baselines on held-out tasks
-	$(BIN)/python experiments/evaluate.py --workdir=$(WORKDIR)
+	$(BIN)/python experiments/evaluate.py --optimizer=$(WORKDIR)
 
 test: .venv/dev  ## run the tests
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 check: .venv/dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -44,9 +44,7 @@ def violations(root: Path) -> list[str]:
       if other_layer is not None and other_layer >= layer and not helper:
         found.append(f"{name} imports {other}")
     if name != MAY_USE_DEVICES:
-      used = {getattr(node, "attr", getattr(node, "id", None)) for node in ast.walk(tree)}
-      used |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
-      found += [f"{name} uses {use}" for use in sorted(DEVICES & {use for use in used if use})]
+      found += [f"{name} uses {use}" for use in sorted(DEVICES & _uses_of_jax(tree))]
   return found
 
 
@@ -61,6 +59,17 @@ def _layer(name: str) -> int | None:
       if candidate in names:
         return layer
   return None
+
+
+def _uses_of_jax(tree: ast.AST) -> set[str]:
+  """The names that a module uses as `jax.name`, or imports from jax."""
+  names = set()
+  for node in ast.walk(tree):
+    if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "jax":
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "jax":
+      names.add(node.attr)
+  return names
 
 
 def _imports(tree: ast.AST, name: str, packages: set[str], modules: dict[str, str]) -> set[str]:
@@ -98,7 +107,7 @@ FINE = {
   "architectures/__init__.py": "",
   "architectures/mlp.py": "from lopt import base\ndef build(): pass\n",
   "outer/__init__.py": "",
-  "outer/es.py": "def build(): pass\n",
+  "outer/es.py": "def build(devices): return devices\n",
   "outer/parallel.py": "import jax\njax.pmap(None, devices=jax.devices())\n",
   "outer/meta_training.py": "from lopt.outer import parallel\nfrom lopt import inner_training\n",
   "inner_training.py": "from lopt import base\n",
