@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import ml_collections
 from absl import flags
-from ml_collections import config_dict
+from ml_collections import config_dict, config_flags
 
 PACKAGES = {"architecture": "architectures", "task": "tasks", "estimator": "outer"}
 """Where the module that a section of a configuration names is found: lopt/<package>/<name>.py."""
@@ -193,23 +193,35 @@ def difference(a: Any, b: Any) -> list[str]:
   ]
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-  """For `app.run(main, flags_parser=parse_flags)`: exits with one line where a flag or the config file is wrong.
+def define_flag(name: str, default: str | None, help_string: str) -> flags.FlagHolder[Any]:
+  """`config_flags.DEFINE_config_file`, that exits with one line where `--<name>.field=value` is wrong.
 
-  ml_collections answers a wrong field, or an error in the config file, with its whole traceback.
+  Because ml_collections applies these already here to the default file, and answers with its whole traceback.
   """
-  try:
+  with _exit_with_one_line(sys.argv[0]):
+    return config_flags.DEFINE_config_file(name, default, help_string)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """For `app.run(main, flags_parser=parse_flags)`: exits with one line where a flag or the config file is wrong."""
+  with _exit_with_one_line(argv[0]):
     rest = flags.FLAGS(argv)
     for flag in flags.FLAGS:
       getattr(flags.FLAGS[flag].value, "lock", None)  # fails where the config file could not be read
+    return rest
+
+
+@contextlib.contextmanager
+def _exit_with_one_line(program: str) -> Iterator[None]:
+  try:
+    yield
   except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
     text = str(error.args[-1]).strip()
     if isinstance(error, (AttributeError, KeyError)):  # how ml_collections says so
       line = f"the configuration has no such field: {' '.join(text.split())}"
     else:
       line = text.splitlines()[-1].strip()  # of an error in the config file: what precedes it is the traceback
-    sys.exit(f"{Path(argv[0]).name}: {line.removeprefix(f'{ConfigError.__module__}.ConfigError: ')}")
-  return rest
+    sys.exit(f"{Path(program).name}: {line.removeprefix(f'{ConfigError.__module__}.ConfigError: ')}")
 
 
 def _options(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -238,10 +238,9 @@ def script(tmp_path_factory):
     textwrap.dedent("""
       import json
       from absl import app, flags
-      from ml_collections import config_flags
       from lopt import configuration
 
-      config_flags.DEFINE_config_file("config")
+      configuration.define_flag("config", "experiments/configs/digits.py", "What to run.")
 
       def main(argv):
         print(json.dumps(configuration.plain(flags.FLAGS.config)))
@@ -290,6 +289,8 @@ def test_every_option_is_a_flag(script):
       [DIGITS, "--config.estimator.num_pairs=1.5"],
       "flag --config.estimator.num_pairs=1.5: invalid literal for int",
     ),
+    (["--config.taks.dataset=mnist"], "no such field: 'taks' Did you mean \"task\""),
+    (["--config.estimator.sigma=x"], "flag --config.estimator.sigma=x: could not convert string to float: 'x'"),
     (["--config=nowhere.py"], "No such file or directory: 'nowhere.py'"),
   ],
 )
