@@ -7,6 +7,7 @@ import math
 import os
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,11 +72,37 @@ def write_json(comparison: Comparison, path: str | os.PathLike[str]) -> None:
   files.write_atomically(path, to_json(comparison))
 
 
+def verdict(comparison: Comparison, name: str) -> str:
+  """One line that says how a learned optimizer compares with tuned Adam."""
+  own, adam = (evaluation.summarize(comparison, x) for x in (name, REFERENCE))
+  reached = f"reaches {REFERENCE}'s final loss on {own.tasks_reached} of {len(comparison.tasks)} tasks"
+  if own.median_speed_up is not None:
+    reached += f", {own.median_speed_up:.2f} times sooner in the median"
+  return (
+    f"On {len(comparison.tasks)} held-out tasks the {name} optimizer's mean training loss is {own.mean_loss:.3g} ± "
+    f"{own.mean_loss_error:.1g}, tuned {REFERENCE}'s {adam.mean_loss:.3g} ± {adam.mean_loss_error:.1g}; it is "
+    f"lower on {own.tasks_won[REFERENCE]}; it {reached}."
+  )
+
+
+def write(comparison: Comparison, folder: str | os.PathLike[str]) -> Path:
+  """Writes comparison.json, comparison.md and comparison.png into a folder; returns the picture's path.
+
+  Raises:
+    OSError: A file cannot be written.
+  """
+  folder = Path(folder)
+  write_json(comparison, folder / "comparison.json")
+  files.write_atomically(folder / "comparison.md", table(comparison) + "\n")
+  plot(comparison, folder / "comparison.png")
+  return folder / "comparison.png"
+
+
 def plot(
   comparison: Comparison,
   path: str | os.PathLike[str],
   *,
-  loss_label: str = "training loss (1 = uniform guessing)",
+  loss_label: str = "training loss (1 = knowing nothing)",
 ) -> None:
   """Draws training curves into a PNG file, atomically: the mean over all tasks, and each of the first six.
 
