@@ -10,8 +10,7 @@ is the folder `evaluation` beside the optimizer unless told otherwise.
 import sys
 from pathlib import Path
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import app, flags, logging
 
 from lopt import configuration, evaluation, report, trained
 from lopt.outer import parallel
@@ -19,7 +18,7 @@ from lopt.outer import parallel
 OPTIMIZER = flags.DEFINE_list(
   "optimizer", None, "Trained optimizers: files or work directories, by commas.", required=True
 )
-CONFIG = config_flags.DEFINE_config_file("config", None, "Take the tasks from this configuration instead.")
+CONFIG = configuration.define_flag("config", None, "Take the tasks from this configuration instead.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the results.")
 NUM_TASKS = flags.DEFINE_integer("num_tasks", None, "Held-out tasks; by default what the configuration says.", 1)
 NUM_SEEDS = flags.DEFINE_integer("num_seeds", None, "Runs of each task; likewise.", 1)
@@ -30,6 +29,7 @@ SEED = flags.DEFINE_integer("seed", None, "Which tasks and runs; likewise.", 0)
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument: {argv[1]}")
+  logging.set_verbosity(logging.WARNING)
   parallel.setup()
   paths = [Path(path) for path in OPTIMIZER.value]
   optimizers = {_name(path): trained.load(path) for path in paths}

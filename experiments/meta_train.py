@@ -16,14 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import app, flags, logging
 from tqdm import tqdm
 
 from lopt import base, checkpoints, configuration, evaluation, files, inner_training, report, tracking, trained
 from lopt.outer import meta_training, parallel
 
-CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/digits.py", "What to run.")
+CONFIG = configuration.define_flag("config", "experiments/configs/digits.py", "What to run.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Where the run is kept, and continued from.")
 WANDB = flags.DEFINE_enum(
   "wandb",
@@ -178,6 +177,7 @@ def meta_train(experiment: Experiment, workdir: Path, tracker: tracking.Tracker,
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument: {argv[1]}")
+  logging.set_verbosity(logging.WARNING)
   parallel.setup()
   config, workdir = configuration.plain(CONFIG.value), Path(WORKDIR.value)
   experiment = configuration.call(build, config, where="config")

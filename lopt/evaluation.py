@@ -14,7 +14,6 @@ the run seeds 0, 1, 2, …; learning rates are chosen on the run seeds FIRST_TUN
 """
 
 import functools
-import math
 import operator
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +22,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lopt import baselines, inner_training
 from lopt.base import LearnedOptimizer, PRNGKey, PyTree, Scalar, TaskFamily, TaskParams, Theta
+from lopt.outer import parallel
 
 HELD_OUT = "held-out"
 PERIODIC = "periodic"
@@ -38,8 +37,6 @@ MAX_EXTENSIONS = 4
 """By how many half-decades the grid grows at most, while a task's best learning rate is at its end."""
 REFERENCE = "Adam"
 """The tuned baseline whose final loss is the target of `steps_to_target`."""
-RUNS_PER_BLOCK = {"cpu": 1}
-"""How many runs (each with all its θ) a device trains at once; 64 where not given. More leave a CPU's caches."""
 
 
 class Tasks(NamedTuple):
@@ -367,9 +364,9 @@ def build_train(
     index = jnp.repeat(jnp.arange(num_tasks), num_seeds)
     each_task, each_seed = _take(tasks, index), jnp.tile(seeds, num_tasks)
     if theta_per_task:
-      runs = _on_all_devices(lambda _, run: train_run(*run), (), (_take(thetas, index), each_task, each_seed))
+      runs = parallel.map_runs(lambda _, run: train_run(*run), (), (_take(thetas, index), each_task, each_seed))
     else:
-      runs = _on_all_devices(lambda thetas, run: train_run(thetas, *run), thetas, (each_task, each_seed))
+      runs = parallel.map_runs(lambda thetas, run: train_run(thetas, *run), thetas, (each_task, each_seed))
     return jax.tree.map(lambda x: x.reshape(num_tasks, num_seeds, *x.shape[1:]), runs)
 
   return jax.jit(train)
@@ -518,26 +515,3 @@ def _check_theta(name: str, optimizer: LearnedOptimizer, theta: Theta) -> None:
   expected = layout(jax.eval_shape(optimizer.init, jax.random.key(0)))
   if layout(theta) != expected:
     raise ValueError(f"optimizers[{name!r}]: θ is not of this architecture: {layout(theta)}, not {expected}")
-
-
-def _on_all_devices(function: Callable[..., Runs], shared: PyTree, runs: PyTree) -> Runs:
-  """`function(shared, run)` of every run (leaves [runs, ...]), split over this process's devices."""
-  devices = jax.local_devices()
-  limit = RUNS_PER_BLOCK.get(devices[0].platform, 64)
-  num_runs = len(jax.tree.leaves(runs)[0])
-  per_device = math.ceil(num_runs / len(devices))
-  num_blocks = math.ceil(per_device / limit)
-  block = math.ceil(per_device / num_blocks)
-  # The last blocks are filled up with runs that are thrown away.
-  order = jnp.arange(len(devices) * num_blocks * block) % num_runs
-  blocks = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), _take(runs, order))
-
-  def on_one_device(shared: PyTree, blocks: PyTree) -> Runs:
-    return jax.lax.map(lambda runs: jax.vmap(lambda run: function(shared, run))(runs), blocks)
-
-  mesh = Mesh(np.asarray(devices), ("runs",))
-  everywhere, divided = PartitionSpec(), PartitionSpec("runs")
-  results = jax.shard_map(
-    on_one_device, mesh=mesh, in_specs=(everywhere, divided), out_specs=divided, check_vma=False
-  )(shared, blocks)
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_runs], results)

@@ -12,6 +12,7 @@ import pytest
 
 from lopt import baselines, evaluation
 from lopt.base import LearnedOptimizer, TaskFamily
+from lopt.outer import parallel
 
 T = 40
 CAP = 50.0
@@ -194,7 +195,7 @@ def test_number_of_devices_and_size_of_blocks_do_not_change_the_numbers(monkeypa
   devices = jax.local_devices()
   assert len(devices) == 4
   monkeypatch.setattr(jax, "local_devices", lambda: devices[:num_devices])
-  monkeypatch.setitem(evaluation.RUNS_PER_BLOCK, "cpu", block)
+  monkeypatch.setitem(parallel.RUNS_PER_BLOCK, "cpu", block)
   runs = evaluation.build_train(family, sgd(), num_steps=5)(baselines.theta_at(rates), tasks, jnp.arange(5))
   assert runs.losses.sharding.num_devices == num_devices
   for i, j, k in np.ndindex(2, 5, 2):

@@ -134,7 +134,8 @@ def build(
 
   def advance(step: int, state: MetaState) -> tuple[MetaState, dict[str, np.ndarray]]:
     replicated, particles, metrics = program(np.int32(step), state[:2], state.particles)
-    return MetaState(*replicated, particles), jax.device_get(metrics)
+    theta, optimizer_state = replicated
+    return MetaState(theta, optimizer_state, particles), jax.device_get(metrics)
 
   def save(state: MetaState) -> MetaState:
     return jax.device_get(state._replace(particles=parallel.join(state.particles)))

@@ -11,7 +11,7 @@ from lopt.architectures import mlp
 PARAMS = {"w": np.random.default_rng(0).normal(size=(5, 3)), "b": np.zeros(3)}
 
 
-def numpy_update(theta, gradient, parameter, momenta, step, epsilon=1e-5):
+def numpy_update(theta, gradient, parameter, momenta, step, epsilon=1e-12):
   """Metz et al. 2019: features of each parameter in a row, normalised over the tensor, through the whole MLP."""
   columns = [gradient.ravel(), parameter.ravel(), *(m.ravel() for m in momenta)]
   columns = [c / np.sqrt(np.mean(c**2) + epsilon) for c in columns]
@@ -53,7 +53,7 @@ def test_number_of_meta_parameters():
 
 
 def test_updates_do_not_depend_on_the_gradient_scale():
-  """The features are normalised, so gradients well above √ε move parameters alike at any scale."""
+  """The features are normalised, so gradients above √ε move parameters alike at any scale."""
   optimizer = mlp.build()
   tx = optimizer.transform(optimizer.init(jax.random.key(0)), 10)
   params = jax.tree.map(jnp.float32, PARAMS)
@@ -62,7 +62,7 @@ def test_updates_do_not_depend_on_the_gradient_scale():
   def update(scale):
     return tx.update(optax.tree.scale(scale, gradients), tx.init(params), params)[0]
 
-  small, large = update(1e5), update(1e8)
+  small, large = update(1e-3), update(1e6)
   for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(large), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3)
 
