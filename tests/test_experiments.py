@@ -1,0 +1,189 @@
+"""The two scripts as their users run them: in a process of their own, killed, continued, misused."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import lopt
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+  "seed": 3,
+  "num_outer_steps": 60,
+  "log_every": 2,
+  "task.dimension": 4,
+  "architecture.hidden_sizes": (4,),
+  "estimator.num_pairs": 4,
+  "estimator.unroll_length": 5,
+  "horizon.minimum": 10,
+  "horizon.maximum": 20,
+  "outer_optimizer.warmup_steps": 5,
+  "periodic_evaluation.every": 30,
+  "periodic_evaluation.num_tasks": 2,
+  "periodic_evaluation.num_seeds": 1,
+  "periodic_evaluation.num_steps": 10,
+  "evaluation.num_tasks": 2,
+  "evaluation.num_seeds": 2,
+  "evaluation.num_steps": 10,
+  "checkpoint.every": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+  """That of a new user, but for programs compiled by one test that the next can use."""
+  cache = tmp_path_factory.mktemp("compiled")
+  return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+
+
+def command(script, *flags, **fields):
+  config = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
+  return [sys.executable, str(ROOT / "experiments" / script), *flags, *config]
+
+
+def meta_train(workdir, *flags, config="quadratics.py", **changes):
+  tiny = TINY if config.startswith("quadratics") else {}
+  return command(
+    "meta_train.py",
+    f"--config={ROOT}/experiments/configs/{config}",
+    f"--workdir={workdir}",
+    *flags,
+    **{**tiny, **changes},
+  )
+
+
+def run(arguments, environment, folder):
+  return subprocess.run(arguments, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def finished(environment, tmp_path_factory):
+  """A run from beginning to end."""
+  folder = tmp_path_factory.mktemp("run")
+  result = run(meta_train(folder / "run"), environment, folder)
+  assert result.returncode == 0, result.stderr
+  return folder / "run", result.stdout
+
+
+def test_a_run_leaves_what_it_promises(finished):
+  workdir, output = finished
+  assert re.search(r"On 2 held-out tasks the learned optimizer's mean training loss is [\d.e-]+ ± ", output)
+  assert output.rstrip().endswith(
+    f"The trained optimizer is {workdir}/optimizer.safetensors; use it with "
+    f'lopt.load("{workdir}/optimizer.safetensors")(num_steps=...).'
+  )
+  records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert [r["step"] for r in records if "meta_loss" in r] == list(range(2, 61, 2))
+  assert [r["step"] for r in records if "evaluation/mean_loss" in r] == [0, 30, 60]
+  assert {"gradient_norm", "gradient_standard_error", "update_norm", "diverged", "inner_steps_per_second"} <= set(
+    records[-2]
+  )
+  assert json.loads((workdir / "comparison.json").read_text())["optimizers"]["learned"]["learned"]
+  assert (workdir / "comparison.png").read_bytes().startswith(b"\x89PNG")
+  theta = lopt.load(workdir).theta
+  stored = safetensors.numpy.load_file(workdir / "optimizer.safetensors")
+  np.testing.assert_array_equal(theta["layer_0"]["w"], stored["layer_0/w"])
+
+
+@pytest.mark.parametrize("patience", [0.0, 0.4, 1.1])
+def test_a_killed_run_continues_bit_for_bit(finished, environment, tmp_path, patience):
+  """Killed by -9 some time after the first checkpoint, wherever it hits; then the same command again."""
+  workdir, _ = finished
+  process = subprocess.Popen(
+    meta_train(tmp_path / "run"), env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+  )
+  deadline = time.monotonic() + 200
+  while not (tmp_path / "run" / "checkpoints" / "4").exists():
+    assert process.poll() is None
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+  time.sleep(patience)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  result = run(meta_train(tmp_path / "run"), environment, tmp_path)
+  assert result.returncode == 0, result.stderr
+  expected, theta = (safetensors.numpy.load_file(x / "optimizer.safetensors") for x in (workdir, tmp_path / "run"))
+  assert expected.keys() == theta.keys()
+  for name, array in expected.items():
+    np.testing.assert_array_equal(theta[name], array, err_msg=name)
+  steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  expected = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert steps == expected
+
+
+def test_a_trained_optimizer_is_evaluated_again(finished, environment, tmp_path):
+  """With the same settings the numbers are those of the run; with others, other runs."""
+  workdir, _ = finished
+  result = run(command("evaluate.py", f"--optimizer={workdir}", f"--output={tmp_path}/again"), environment, tmp_path)
+  assert result.returncode == 0, result.stderr
+  before = json.loads((workdir / "comparison.json").read_text())["optimizers"]
+  after = json.loads((tmp_path / "again" / "comparison.json").read_text())["optimizers"]
+  assert after[workdir.name] == before["learned"]
+  assert after["Adam"] == before["Adam"]
+
+
+def fails_with(result, line):
+  """The run ended with this one line, after nothing that looks like a traceback."""
+  assert result.returncode != 0
+  assert re.search(line, result.stderr.strip().splitlines()[-1]), result.stderr
+  assert "Traceback" not in result.stderr
+  return True
+
+
+@pytest.mark.parametrize(
+  ("changes", "line"),
+  [
+    ({"estimator.sigma": "much"}, "sigma"),
+    ({"estimator.num_pairs": 0}, r"config\.estimator: num_pairs: must be at least 1, not 0"),
+    ({"estimator.unroll_length": -5}, r"config\.estimator: unroll_length: must be at least 1, not -5"),
+    ({"horizon.minimum": 0}, r"config\.horizon: .*1 <= minimum <= maximum"),
+    ({"meta_loss": "test"}, r"config\.meta_loss: 'test' is not one of 'train', 'validation'"),
+    ({"num_outer_steps": 61}, r"num_outer_steps: must be a multiple of log_every=2, not 61"),
+    ({"architecture.name": "mpl"}, r"config\.architecture\.name: .*did you mean 'mlp'\?.*lstm, mlp"),
+    ({"sedd": 1}, "sedd"),
+    ({"task.dimenson": 1}, "dimenson"),
+  ],
+)
+def test_bad_configurations_are_refused_in_one_line(environment, tmp_path, changes, line):
+  result = run(meta_train(tmp_path / "run", **changes), environment, tmp_path)
+  assert fails_with(result, line)
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_data_set_is_refused_in_one_line(environment, tmp_path):
+  """As for a user without a network who has no files."""
+  isolated = {name: value for name, value in environment.items() if name != "LOPT_MANUAL_DIR"}
+  isolated |= {
+    "HTTPS_PROXY": "http://127.0.0.1:9",
+    "HTTP_PROXY": "http://127.0.0.1:9",
+    "ALL_PROXY": "http://127.0.0.1:9",
+  }
+  begun = time.monotonic()
+  result = run(meta_train(tmp_path / "run", config="fashion_mnist.py"), isolated, tmp_path)
+  assert fails_with(result, r"LOPT_MANUAL_DIR")
+  assert time.monotonic() - begun < 60
+
+
+def test_a_work_directory_of_another_configuration_is_refused(finished, environment, tmp_path):
+  workdir, _ = finished
+  result = run(meta_train(workdir, **{"estimator.sigma": 0.5}), environment, tmp_path)
+  assert fails_with(
+    result, r"another configuration: estimator\.sigma: \S+ \(there\) != 0\.5 \(here\); use another --workdir"
+  )
+
+
+def test_foreign_optimizers_are_refused(environment, tmp_path):
+  result = run(command("evaluate.py", f"--optimizer={tmp_path}"), environment, tmp_path)
+  assert fails_with(result, "no such file; expected a trained optimizer")
+  (tmp_path / "noise.safetensors").write_bytes(bytes(range(256)))
+  result = run(command("evaluate.py", f"--optimizer={tmp_path}/noise.safetensors"), environment, tmp_path)
+  assert fails_with(result, "damaged, or not a safetensors file")

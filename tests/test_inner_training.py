@@ -1,0 +1,111 @@
+"""Inner training as an unrolled problem, against plain loops."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lopt import base, inner_training
+
+
+def family():
+  """Fits a vector to noisy targets: L = scale·|x - b|²/2, b ~ N(task mean, 1); losses are reported over scale."""
+
+  def batch(key, task_params, split):
+    shift = {"train": 0.0, "validation": 10.0, "test": 20.0}[split]
+    return task_params["mean"] + shift + jax.random.normal(key, (3,))
+
+  def loss(params, key, batch, task_params):
+    noise = jax.random.normal(key)
+    return task_params["scale"] * (0.5 * jnp.sum(jnp.square(params - batch)) + noise), {}
+
+  return base.TaskFamily(
+    sample=lambda key: {"mean": jax.random.normal(key, (3,)), "scale": jnp.float32(4.0)},
+    init=lambda key, task_params: jax.random.normal(key, (3,)),
+    batch=batch,
+    loss=loss,
+    normalize=lambda loss, task_params: loss / task_params["scale"],
+    loss_cap=123.0,
+  )
+
+
+def sgd(decay=False):
+  """θ is the learning rate, divided by the length of the run if `decay`."""
+
+  def transform(theta, num_steps):
+    rate = theta / num_steps if decay else theta
+    return optax.with_extra_args_support(optax.sgd(rate, momentum=0.5))
+
+  return base.LearnedOptimizer(lambda key: jnp.float32(0.1), transform)
+
+
+@pytest.mark.parametrize("meta_loss", ["train", "validation"])
+def test_an_episode_is_plain_training(meta_loss):
+  problem = inner_training.build(family(), sgd(decay=True), horizon=lambda key: jnp.int32(7), meta_loss=meta_loss)
+  theta, num_steps = jnp.float32(0.8), 7
+  state = problem.init(jax.random.key(0), jnp.int32(num_steps))
+  x, task = np.asarray(state.params, np.float64), jax.tree.map(np.asarray, state.task_params)
+  velocity = np.zeros(3)
+  for t in range(num_steps):
+    key = jax.random.key(100 + t)
+    state, loss = jax.jit(problem.step)(theta, state, key)
+    train_key, validation_key = jax.random.split(key)
+
+    def batch_and_noise(key, split, task_params=state.task_params):
+      batch_key, loss_key = jax.random.split(key)
+      return np.asarray(family().batch(batch_key, task_params, split)), float(jax.random.normal(loss_key))
+
+    batch, noise = batch_and_noise(train_key, "train")
+    expected = 0.5 * np.sum((x - batch) ** 2) + noise
+    velocity = 0.5 * velocity + task["scale"] * (x - batch)
+    x = x - 0.8 / num_steps * velocity
+    if meta_loss == "validation":
+      batch, noise = batch_and_noise(validation_key, "validation")
+      expected = 0.5 * np.sum((x - batch) ** 2) + noise
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    np.testing.assert_allclose(state.params, x, rtol=1e-4)
+  assert problem.loss_cap == 123.0
+
+
+def test_an_optimizer_state_that_depends_on_theta_shows():
+  """An episode outlives θ, so a state initialised from θ's values would be stale; it is NaN instead."""
+
+  def transform(theta, num_steps):
+    del num_steps
+    return optax.GradientTransformationExtraArgs(lambda params: theta, lambda g, state, params=None, **_: (g, state))
+
+  stale = base.LearnedOptimizer(lambda key: jnp.float32(1.0), transform)
+  problem = inner_training.build(family(), stale, horizon=lambda key: jnp.int32(7))
+  assert np.isnan(problem.init(jax.random.key(0), jnp.int32(7)).optimizer_state)
+
+
+def test_horizons_are_log_uniform_and_include_both_ends():
+  horizon = inner_training.log_uniform_horizon(minimum=3, maximum=40)
+  drawn = np.asarray(jax.vmap(horizon)(jax.random.split(jax.random.key(0), 100_000)))
+  assert drawn.min() == 3
+  assert drawn.max() == 40
+  edges = np.arange(3, 42)
+  expected = 100_000 * np.diff(np.log(edges)) / np.log(41 / 3)
+  counts = np.bincount(drawn, minlength=41)[3:]
+  chi_square = np.sum((counts - expected) ** 2 / expected)
+  assert chi_square < 37 + 5 * np.sqrt(2 * 37)
+
+
+def test_a_fixed_horizon_is_exact():
+  horizon = inner_training.log_uniform_horizon(minimum=17, maximum=17)
+  assert set(np.asarray(jax.vmap(horizon)(jax.random.split(jax.random.key(0), 1000)))) == {17}
+
+
+@pytest.mark.parametrize(("minimum", "maximum"), [(0, 5), (6, 5), (-3, -1)])
+def test_bad_horizons_are_refused(minimum, maximum):
+  with pytest.raises(ValueError, match=f"1 <= minimum <= maximum, not {minimum} and {maximum}"):
+    inner_training.log_uniform_horizon(minimum=minimum, maximum=maximum)
+
+
+def test_bad_meta_loss_is_refused():
+  unchecked = inspect.unwrap(inner_training.build)  # without the tests' own type check, as users call it
+  with pytest.raises(ValueError, match="meta_loss: must be one of train, validation, not 'test'"):
+    unchecked(family(), sgd(), horizon=lambda key: jnp.int32(7), meta_loss="test")
