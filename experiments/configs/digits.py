@@ -20,20 +20,23 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config = configuration.choose(
     choices,
     architecture={"mlp": {}},  # lopt/architectures/<name>.py: what is learned
-    task={"mlp_classifier": {"dataset": "digits"}},  # lopt/tasks/<name>.py: what it learns on
-    estimator={"pes": {"sigma": 0.01}, "es": {"sigma": 0.01}},  # lopt/outer/<name>.py: gradients of the meta-loss
+    # lopt/tasks/<name>.py: what it learns on
+    task={"mlp_classifier": {"dataset": "digits", "min_classes": 5, "batch_size": 32}},
+    # lopt/outer/<name>.py: gradients of the meta-loss
+    estimator={"pes": {"sigma": 0.1, "num_pairs": 64}, "es": {"sigma": 0.1, "num_pairs": 64}},
   )
   config.seed = 0  # the only source of randomness
   config.num_outer_steps = 2_000  # updates of θ
   config.meta_loss = "train"  # what the optimizer is to make small: the loss on 'train' or 'validation' batches
 
   config.horizon = ml_collections.ConfigDict()  # inner steps of an episode, drawn log-uniformly for each
-  config.horizon.minimum = 100
-  config.horizon.maximum = 500
+  config.horizon.minimum = 50
+  config.horizon.maximum = 200
 
   config.outer_optimizer = ml_collections.ConfigDict()  # AdamW on θ
-  config.outer_optimizer.learning_rate = 1e-3  # at its peak; decays along a cosine to nothing
+  config.outer_optimizer.learning_rate = 3e-2  # at its peak; decays along a cosine to the fraction below
   config.outer_optimizer.warmup_steps = 50  # outer steps of linear rise to it
+  config.outer_optimizer.final_fraction = 0.03
   config.outer_optimizer.weight_decay = 0.0
   config.outer_optimizer.clip_norm = 1.0  # of the meta-gradient, whole
 
@@ -41,12 +44,12 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.periodic_evaluation.every = 250  # outer steps
   config.periodic_evaluation.num_tasks = 8
   config.periodic_evaluation.num_seeds = 2  # inner runs of each task
-  config.periodic_evaluation.num_steps = 500  # of each inner run
+  config.periodic_evaluation.num_steps = 200  # of each inner run
 
   config.evaluation = ml_collections.ConfigDict()  # at the end, on held-out tasks, beside tuned baselines
   config.evaluation.num_tasks = 8
   config.evaluation.num_seeds = 5
-  config.evaluation.num_steps = 500
+  config.evaluation.num_steps = 200
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every = 100  # outer steps
