@@ -143,7 +143,9 @@ def meta_train(experiment: Experiment, workdir: Path, tracker: tracking.Tracker,
   def evaluate(step: int, state: meta_training.MetaState) -> None:
     metrics = metrics_of(state.theta)
     tracker.log(step, {f"evaluation/{name}": value for name, value in metrics.items()})
-    bar.write(f"outer step {step}: mean training loss {metrics['mean_loss']:.4f} on evaluation tasks")
+    bar.write(
+      f"outer step {step}: mean training loss {metrics['mean_loss']:.4f} on evaluation tasks", file=sys.stderr
+    )
 
   total = experiment.num_outer_steps
   with tqdm(total=total, initial=first_step, unit="step", desc="meta-training", dynamic_ncols=True) as bar:

@@ -26,7 +26,7 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
     estimator={"pes": {"sigma": 0.1, "num_pairs": 64}, "es": {"sigma": 0.1, "num_pairs": 64}},
   )
   config.seed = 0  # the only source of randomness
-  config.num_outer_steps = 2_000  # updates of θ
+  config.num_outer_steps = 1_600  # updates of θ
   config.meta_loss = "train"  # what the optimizer is to make small: the loss on 'train' or 'validation' batches
 
   config.horizon = ml_collections.ConfigDict()  # inner steps of an episode, drawn log-uniformly for each
@@ -41,7 +41,7 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.outer_optimizer.clip_norm = 1.0  # of the meta-gradient, whole
 
   config.periodic_evaluation = ml_collections.ConfigDict()  # while meta-training, on tasks of its own
-  config.periodic_evaluation.every = 250  # outer steps
+  config.periodic_evaluation.every = 200  # outer steps
   config.periodic_evaluation.num_tasks = 8
   config.periodic_evaluation.num_seeds = 2  # inner runs of each task
   config.periodic_evaluation.num_steps = 200  # of each inner run
