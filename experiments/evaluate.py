@@ -28,34 +28,47 @@ SEED = flags.DEFINE_integer("seed", None, "Which tasks and runs; likewise.", 0)
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument: {argv[1]}")
+    raise configuration.ConfigError(f"unexpected argument: {argv[1]}")
   logging.set_verbosity(logging.WARNING)
   parallel.setup()
   paths = [Path(path) for path in OPTIMIZER.value]
-  optimizers = {_name(path): trained.load(path) for path in paths}
-  config = configuration.plain(CONFIG.value) if CONFIG.value else optimizers[_name(paths[0])].config
-  given = {"num_tasks": NUM_TASKS.value, "num_seeds": NUM_SEEDS.value, "num_steps": NUM_STEPS.value}
-  settings = config["evaluation"] | {name: value for name, value in given.items() if value is not None}
+  if not paths:
+    raise configuration.ConfigError("--optimizer: names no file")
+  names = [_name(path) for path in paths]
+  if len(set(names)) < len(names):
+    raise configuration.ConfigError(f"--optimizer: two would have the same name in tables: {', '.join(names)}")
+  optimizers = [trained.load(path) for path in paths]
+  config = configuration.plain(CONFIG.value) if CONFIG.value else optimizers[0].config
+  if missing := {"task", "evaluation", "seed"} - config.keys():
+    raise configuration.ConfigError(
+      f"{paths[0]}: its configuration has no {', '.join(sorted(missing))}; say which tasks with --config"
+    )
   family = configuration.build("tasks", config["task"], where="config.task")
-  comparison = evaluation.compare(
+  folder = Path(OUTPUT.value) if OUTPUT.value else _folder(paths[0]) / "evaluation"
+  folder.mkdir(parents=True, exist_ok=True)
+  settings = {"num_tasks": NUM_TASKS.value, "num_seeds": NUM_SEEDS.value, "num_steps": NUM_STEPS.value}
+  settings |= {"seed": SEED.value, "progress": lambda stage: print(f"evaluation: {stage}", flush=True)}
+  comparison = configuration.call(
+    evaluation.compare,
+    {"seed": config["seed"], **config["evaluation"]} | {name: x for name, x in settings.items() if x is not None},
     family,
-    {name: (optimizer.architecture, optimizer.theta) for name, optimizer in optimizers.items()},
-    seed=config["seed"] if SEED.value is None else SEED.value,
-    progress=lambda stage: print(f"evaluation: {stage}", flush=True),
-    **settings,
+    {name: (x.architecture, x.theta) for name, x in zip(names, optimizers, strict=True)},
+    where="config.evaluation",
   )
-  beside = paths[0] if paths[0].is_dir() else paths[0].parent
-  folder = Path(OUTPUT.value) if OUTPUT.value else beside / "evaluation"
   report.write(comparison, folder)
   print(f"\n{report.table(comparison)}\n")
-  for name in optimizers:
+  for name in names:
     print(report.verdict(comparison, name))
   print(f"Table, numbers and curves are in {folder}.")
 
 
+def _folder(path: Path) -> Path:
+  return path.absolute() if path.is_dir() else path.absolute().parent
+
+
 def _name(path: Path) -> str:
   """What an optimizer is called in tables and legends: its run."""
-  return path.name if path.is_dir() or path.name != trained.FILENAME else path.absolute().parent.name
+  return path.stem if path.is_file() and path.name != trained.FILENAME else _folder(path).name
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lopt import base, checkpoints, configuration, evaluation, files, inner_training, report, tracking, trained
 from lopt.outer import meta_training, parallel
 
-CONFIG = configuration.define_flag("config", "experiments/configs/digits.py", "What to run.")
+CONFIG = configuration.define_flag("config", str(Path(__file__).parent / "configs" / "digits.py"), "What to run.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Where the run is kept, and continued from.")
 WANDB = flags.DEFINE_enum(
   "wandb",
@@ -64,6 +64,8 @@ def build(
 ) -> Experiment:
   """Makes of a configuration all that it names, so that whatever is wrong with it shows before any work starts."""
   _at_least_one(num_outer_steps=num_outer_steps, log_every=log_every)
+  if not 0 <= seed < 2**32:
+    raise ValueError(f"seed: must be in 0..{2**32 - 1}, not {seed}")
   sections = {
     "periodic_evaluation": configuration.call(_periodic, periodic_evaluation, where="config.periodic_evaluation"),
     "evaluation": configuration.call(_comparison, evaluation, where="config.evaluation"),
@@ -116,6 +118,8 @@ def claim(workdir: Path, config: Section) -> None:
   """
   path = workdir / "config.json"
   if not path.exists():
+    if checkpoints.latest_step(workdir) is not None:
+      raise configuration.ConfigError(f"{workdir}: has checkpoints and no config.json; use another --workdir")
     files.write_atomically(path, json.dumps(config, indent=2) + "\n")
     return
   try:
@@ -129,7 +133,13 @@ def claim(workdir: Path, config: Section) -> None:
     )
 
 
-def meta_train(experiment: Experiment, workdir: Path, tracker: tracking.Tracker, first_step: int) -> base.Theta:
+def meta_train(
+  experiment: Experiment,
+  workdir: Path,
+  tracker: tracking.Tracker,
+  first_step: int,
+  restored: meta_training.MetaState | None,
+) -> base.Theta:
   """Runs the outer loop from `first_step` to its end, with a progress bar, and returns θ."""
   trainer = experiment.trainer
 
@@ -156,8 +166,8 @@ def meta_train(experiment: Experiment, workdir: Path, tracker: tracking.Tracker,
       )
       bar.update(steps)
 
-    if first_step:
-      state = trainer.load(checkpoints.restore(workdir, trainer.saved_like, first_step))
+    if restored is not None:
+      state = trainer.load(restored)
     else:
       state = trainer.init()
       evaluate(0, state)
@@ -178,15 +188,20 @@ def meta_train(experiment: Experiment, workdir: Path, tracker: tracking.Tracker,
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument: {argv[1]}")
+    raise configuration.ConfigError(f"unexpected argument: {argv[1]}")
   logging.set_verbosity(logging.WARNING)
   parallel.setup()
   config, workdir = configuration.plain(CONFIG.value), Path(WORKDIR.value)
   experiment = configuration.call(build, config, where="config")
   claim(workdir, config)
-  first_step = checkpoints.latest_step(workdir) or 0
-  tracker = tracking.start(workdir, config, wandb_mode=WANDB.value, resume_step=first_step or None)
-  theta = meta_train(experiment, workdir, tracker, first_step)
+  first_step = checkpoints.latest_step(workdir)
+  # Before tracking begins: a damaged checkpoint should not leave a run behind.
+  restored = None if first_step is None else checkpoints.restore(workdir, experiment.trainer.saved_like, first_step)
+  try:
+    tracker = tracking.start(workdir, config, wandb_mode=WANDB.value, resume_step=first_step)
+  except ValueError as error:
+    raise configuration.ConfigError(str(error)) from error
+  theta = meta_train(experiment, workdir, tracker, first_step or 0, restored)
   path = workdir / trained.FILENAME
   trained.export(path, theta, config, outer_steps=experiment.num_outer_steps)
   comparison = evaluation.compare(

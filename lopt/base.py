@@ -89,4 +89,9 @@ class GradientEstimator(NamedTuple):
   init: Callable[[PRNGKey, Theta], State]
   """`(key, theta) -> state`."""
   estimate: Callable[[PRNGKey, Theta, State], tuple[Theta, State, Metrics]]
-  """`(key, theta, state) -> (gradient, state, metrics)`; gradient has theta's structure."""
+  """`(key, theta, state) -> (gradient, state, metrics)`; gradient has theta's structure.
+
+  Metrics have `meta_loss`, the mean loss per inner step; `inner_steps`, how many this estimate took (per entry of the
+  first axis); `diverged`, the share of particles with a capped loss; and, where it can be had,
+  `mean_square_gradient`, the mean of |g_i|² over the particles' own estimates, for the variance of their mean.
+  """

@@ -79,6 +79,8 @@ def module(package: str, name: str, *, where: str) -> types.ModuleType:
   Raises:
     ConfigError: there is no such module, or it has no function `build`.
   """
+  if not all(part.isidentifier() for part in name.split(".")):
+    raise ConfigError(f"{where}: {name!r} is not the name of a module; there are: {', '.join(choices(package))}")
   path = name if "." in name else f"lopt.{package}.{name}"
   try:
     found = importlib.import_module(path)

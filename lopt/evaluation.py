@@ -53,8 +53,8 @@ class Runs(NamedTuple):
 
   losses: Float[Array, "*runs T"]
   """The training loss at each step: that of the step's minibatch, before the update."""
-  validation_loss: Float[Array, "*runs"]
-  """After the last step, the mean over the validation batches."""
+  held_out_loss: Float[Array, "*runs"]
+  """After the last step, the mean over batches of the validation or the test split."""
   diverged: Bool[Array, "*runs"]
   """Whether any of these losses was NaN or reached the cap."""
 
@@ -83,15 +83,15 @@ class Measures(NamedTuple):
   final_loss: float
   """Mean training loss over the last 5% of the steps and all seeds."""
   final_loss_error: float
-  validation_loss: float
-  """Mean validation loss after the last step, over seeds."""
-  validation_loss_error: float
+  test_loss: float
+  """Mean loss on the test split after the last step, over seeds."""
+  test_loss_error: float
   diverged: float
   """Share of the runs in which a loss was NaN or reached the cap."""
   steps_to_target: int | None
   """`steps_to_reach` of the seeds' mean curve; the target is tuned Adam's `final_loss` on this task."""
   speed_up: float | None
-  """`num_steps / steps_to_target`: how many times sooner than tuned Adam; None when never."""
+  """Tuned Adam's own `steps_to_target` divided by this optimizer's: how many times sooner; None when never."""
   tuning: Tuning | None
   """How the learning rate was chosen; None for a learned optimizer, which has none."""
 
@@ -124,7 +124,7 @@ class Summary(NamedTuple):
   mean_loss: float
   """The mean over tasks; likewise the next three."""
   final_loss: float
-  validation_loss: float
+  test_loss: float
   diverged: float
   mean_loss_error: float
   """The standard error of `mean_loss` over seeds; the tasks are taken as given."""
@@ -133,7 +133,7 @@ class Summary(NamedTuple):
   tasks_reached: int
   """The number of tasks on which it reached tuned Adam's final loss."""
   median_speed_up: float | None
-  """The median over all tasks, those never reached being the slowest; None when the median is one of them."""
+  """The median over all tasks, 0 for those never reached; None when that is the median."""
   tasks_interior: int | None
   """The number of tasks whose best learning rate is interior to the grid; None for a learned optimizer."""
 
@@ -150,7 +150,7 @@ def compare(
   num_steps: int,
   seed: int,
   num_tuning_seeds: int = 3,
-  num_validation_batches: int = 8,
+  num_held_out_batches: int = 8,
   progress: Callable[[str], None] | None = None,
 ) -> Comparison:
   """Trains held-out tasks with learned optimizers, and with Adam and SGDM tuned for each task.
@@ -161,7 +161,7 @@ def compare(
     num_tasks, num_seeds, num_steps: Each optimizer is reported on tasks × seeds runs of that many inner steps.
     seed: Determines the tasks and the runs.
     num_tuning_seeds: Runs for each learning rate and task, with other seeds than the reported ones.
-    num_validation_batches: Over how many batches a validation loss is averaged.
+    num_held_out_batches: Over how many batches a validation or test loss is averaged.
     progress: Is told, before each stage, what is about to run.
 
   Raises:
@@ -173,7 +173,7 @@ def compare(
     num_seeds=num_seeds,
     num_steps=num_steps,
     num_tuning_seeds=num_tuning_seeds,
-    num_validation_batches=num_validation_batches,
+    num_held_out_batches=num_held_out_batches,
   )
   for name, (optimizer, theta) in optimizers.items():
     if name in tuned:
@@ -189,7 +189,7 @@ def compare(
       family,
       optimizer,
       num_steps=num_steps,
-      num_validation_batches=num_validation_batches,
+      num_held_out_batches=num_held_out_batches,
       theta_per_task=theta_per_task,
     )
 
@@ -214,15 +214,18 @@ def compare(
   learned = {name: train_learned(name, *value) for name, value in optimizers.items()}
   tuned = {name: tune_and_train(name, optimizer) for name, optimizer in tuned.items()}
   reference, _ = tuned[REFERENCE]
-  targets = [smooth(curves.mean(axis=0))[-1] for curves in _to_numpy(reference.losses)[:, :, 0]]
+  reference_curves = _to_numpy(reference.losses)[:, :, 0].mean(axis=1)
+  targets = [smooth(curve)[-1] for curve in reference_curves]
+  # Adam itself may reach the loss that it ends with before its last step; the same rule for both is fair to it.
+  reference_steps = [steps_to_reach(*pair) or num_steps for pair in zip(reference_curves, targets, strict=True)]
   return Comparison(
     tasks=tuple(_describe(jax.tree.map(operator.itemgetter(i), tasks.params)) for i in range(num_tasks)),
     num_steps=num_steps,
     num_seeds=num_seeds,
     num_tuning_seeds=num_tuning_seeds,
     seed=seed,
-    learned={name: _evaluation(runs, [None] * num_tasks, targets) for name, runs in learned.items()},
-    baselines={name: _evaluation(*value, targets) for name, value in tuned.items()},
+    learned={name: _evaluation(runs, [None] * num_tasks, targets, reference_steps) for name, runs in learned.items()},
+    baselines={name: _evaluation(*value, targets, reference_steps) for name, value in tuned.items()},
   )
 
 
@@ -234,12 +237,12 @@ def build_metrics(
   num_seeds: int,
   num_steps: int,
   seed: int,
-  num_validation_batches: int = 8,
+  num_held_out_batches: int = 8,
 ) -> Callable[[Theta], dict[str, float]]:
   """The periodic evaluation while meta-training: `(theta) -> metrics`, on fixed tasks; compiled at the first call.
 
   The tasks are neither meta-training's nor those of `compare`. The metrics `mean_loss`, `final_loss`,
-  `validation_loss` and `diverged` are means over tasks and seeds, defined as in `Measures`.
+  `validation_loss` and `diverged` are means over tasks and seeds, defined as in `Measures`, on the validation split.
 
   Raises:
     ValueError: For a count below 1.
@@ -248,9 +251,9 @@ def build_metrics(
     num_tasks=num_tasks,
     num_seeds=num_seeds,
     num_steps=num_steps,
-    num_validation_batches=num_validation_batches,
+    num_held_out_batches=num_held_out_batches,
   )
-  train = build_train(family, optimizer, num_steps=num_steps, num_validation_batches=num_validation_batches)
+  train = build_train(family, optimizer, num_steps=num_steps, num_held_out_batches=num_held_out_batches)
   tasks = sample_tasks(family, seed, PERIODIC, num_tasks)
 
   def metrics(theta: Theta) -> dict[str, float]:
@@ -259,7 +262,7 @@ def build_metrics(
     return {
       "mean_loss": float(losses.mean()),
       "final_loss": float(losses[..., -window(num_steps) :].mean()),
-      "validation_loss": float(_to_numpy(runs.validation_loss).mean()),
+      "validation_loss": float(_to_numpy(runs.held_out_loss).mean()),
       "diverged": float(_to_numpy(runs.diverged).mean()),
     }
 
@@ -269,13 +272,12 @@ def build_metrics(
 def summarize(comparison: Comparison, name: str) -> Summary:
   """One optimizer of a comparison, over all tasks."""
   own = (comparison.learned | comparison.baselines)[name].measures
-  steps = [m.steps_to_target for m in own]
-  # A never is longer than any run, and must weigh on the median.
-  median_steps = float(np.median([np.inf if s is None else s for s in steps]))
+  # A never is slower than any other, and must weigh on the median.
+  speed_up = float(np.median([m.speed_up or 0.0 for m in own]))
   return Summary(
     mean_loss=float(np.mean([m.mean_loss for m in own])),
     final_loss=float(np.mean([m.final_loss for m in own])),
-    validation_loss=float(np.mean([m.validation_loss for m in own])),
+    test_loss=float(np.mean([m.test_loss for m in own])),
     diverged=float(np.mean([m.diverged for m in own])),
     mean_loss_error=float(np.sqrt(np.sum(np.square([m.mean_loss_error for m in own]))) / len(own)),
     tasks_won={
@@ -283,8 +285,8 @@ def summarize(comparison: Comparison, name: str) -> Summary:
       for other, evaluation in comparison.baselines.items()
       if other != name
     },
-    tasks_reached=sum(s is not None for s in steps),
-    median_speed_up=comparison.num_steps / median_steps if np.isfinite(median_steps) else None,
+    tasks_reached=sum(m.steps_to_target is not None for m in own),
+    median_speed_up=speed_up or None,
     tasks_interior=sum(m.tuning.interior for m in own if m.tuning) if name in comparison.baselines else None,
   )
 
@@ -307,7 +309,8 @@ def build_train(
   optimizer: LearnedOptimizer,
   *,
   num_steps: int,
-  num_validation_batches: int = 8,
+  num_held_out_batches: int = 8,
+  split: str = "validation",
   theta_per_task: bool = False,
 ) -> Train:
   """One compiled program that trains every task with every seed and every one of several θ, on all local devices.
@@ -315,7 +318,8 @@ def build_train(
   Args:
     family, optimizer: What is trained by what.
     num_steps: The length of each run.
-    num_validation_batches: Over how many batches the validation loss is averaged.
+    num_held_out_batches: Over how many batches of `split` the loss after the last step is averaged.
+    split: 'validation', or 'test', which nothing is meta-trained or chosen on.
     theta_per_task: Whether the tasks have θ of their own: leaves [tasks, thetas, ...] instead of [thetas, ...].
 
   Returns:
@@ -346,7 +350,7 @@ def build_train(
 
     def validate(params: PyTree, key: PRNGKey) -> tuple[Float[Array, " thetas"], Bool[Array, " thetas"]]:
       batch_key, loss_key = jax.random.split(key)
-      batch = family.batch(batch_key, task_params, "validation")
+      batch = family.batch(batch_key, task_params, split)
       return jax.vmap(lambda p: cap(family.loss(p, loss_key, batch, task_params)[0], task_params))(params)
 
     num_thetas = jax.tree.leaves(thetas)[0].shape[0]
@@ -355,9 +359,9 @@ def build_train(
     state = jax.vmap(lambda theta, params: optimizer.transform(theta, num_steps).init(params))(thetas, params)
     start = (params, state, jnp.zeros(num_thetas, bool))
     (params, _, diverged), losses = jax.lax.scan(step, start, jnp.arange(num_steps))
-    keys = jax.random.split(validation_key, num_validation_batches)
-    validation_losses, bad = jax.lax.map(lambda key: validate(params, key), keys)
-    return Runs(losses.T, jnp.mean(validation_losses, axis=0), diverged | jnp.any(bad, axis=0))
+    keys = jax.random.split(validation_key, num_held_out_batches)
+    held_out_losses, bad = jax.lax.map(lambda key: validate(params, key), keys)
+    return Runs(losses.T, jnp.mean(held_out_losses, axis=0), diverged | jnp.any(bad, axis=0))
 
   def train(thetas: Theta, tasks: Tasks, seeds: Int[Array, " seeds"]) -> Runs:
     num_tasks, num_seeds = len(tasks.keys), len(seeds)
@@ -438,20 +442,22 @@ def window(num_steps: int) -> int:
   return max(1, round(FINAL_SHARE * num_steps))
 
 
-def _evaluation(runs: Runs, tuning: Sequence[Tuning | None], targets: Sequence[float]) -> Evaluation:
-  """Measures of runs [tasks, seeds, 1, ...]."""
-  losses, validation_loss, diverged = (_to_numpy(x)[:, :, 0] for x in runs)
-  return Evaluation(tuple(map(_measures, losses, validation_loss, diverged, tuning, targets)), losses)
+def _evaluation(
+  runs: Runs, tuning: Sequence[Tuning | None], targets: Sequence[float], reference_steps: Sequence[int]
+) -> Evaluation:
+  """Measures of runs [tasks, seeds, 1, ...]; the last two are the reference's final loss and its steps to it."""
+  losses, test_loss, diverged = (_to_numpy(x)[:, :, 0] for x in runs)
+  return Evaluation(tuple(map(_measures, losses, test_loss, diverged, tuning, targets, reference_steps)), losses)
 
 
 def _measures(
   losses: Float[np.ndarray, "seeds T"],
-  validation_loss: Float[np.ndarray, " seeds"],
+  test_loss: Float[np.ndarray, " seeds"],
   diverged: Float[np.ndarray, " seeds"],
   tuning: Tuning | None,
   target: float,
+  reference_steps: int,
 ) -> Measures:
-  num_steps = losses.shape[1]
   curve = losses.mean(axis=0)
   steps = steps_to_reach(curve, target)
   return Measures(
@@ -459,11 +465,11 @@ def _measures(
     mean_loss_error=_standard_error(losses.mean(axis=1)),
     final_loss=float(smooth(curve)[-1]),
     final_loss_error=_standard_error(smooth(losses)[:, -1]),
-    validation_loss=float(validation_loss.mean()),
-    validation_loss_error=_standard_error(validation_loss),
+    test_loss=float(test_loss.mean()),
+    test_loss_error=_standard_error(test_loss),
     diverged=float(diverged.mean()),
     steps_to_target=steps,
-    speed_up=num_steps / steps if steps else None,
+    speed_up=reference_steps / steps if steps else None,
     tuning=tuning,
   )
 

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lopt import evaluation, files
-from lopt.evaluation import REFERENCE, Comparison, Measures
+from lopt.evaluation import REFERENCE, Comparison, Measures, Summary
 
 # Okabe and Ito's colours, which the colour-blind can tell apart: warm ones for the learned, cold ones for baselines.
 _LEARNED_COLORS = ("#D55E00", "#CC79A7", "#E69F00")
@@ -79,9 +79,9 @@ def verdict(comparison: Comparison, name: str) -> str:
   if own.median_speed_up is not None:
     reached += f", {own.median_speed_up:.2f} times sooner in the median"
   return (
-    f"On {len(comparison.tasks)} held-out tasks the {name} optimizer's mean training loss is {own.mean_loss:.3g} ± "
-    f"{own.mean_loss_error:.1g}, tuned {REFERENCE}'s {adam.mean_loss:.3g} ± {adam.mean_loss_error:.1g}; it is "
-    f"lower on {own.tasks_won[REFERENCE]}; it {reached}."
+    f"Over {len(comparison.tasks)} held-out tasks the {name} optimizer's mean training loss is {_with_error(own)}, "
+    f"tuned {REFERENCE}'s {_with_error(adam)}; it is lower on {own.tasks_won[REFERENCE]} of them; it {reached}. On "
+    f"the test split they end at {own.test_loss:.3g} and {adam.test_loss:.3g}."
   )
 
 
@@ -159,14 +159,13 @@ def _task_rows(c: Comparison) -> list[list[str]]:
 
 def _summary_rows(c: Comparison) -> list[list[str]]:
   of_tasks = f"/{len(c.tasks)}"
-  header = ["optimizer", "training loss", "final training loss", "validation loss", "diverged"]
+  header = ["optimizer", "training loss", "final training loss", "test loss", "diverged"]
   header += [f"better than {name}" for name in c.baselines]
   header += [f"reaches {REFERENCE}'s final loss", "median speed-up", "learning rate interior"]
   rows = [header]
   for name in [*c.learned, *c.baselines]:
     s = evaluation.summarize(c, name)
-    error = "" if math.isnan(s.mean_loss_error) else f" ± {s.mean_loss_error:.1g}"
-    row = [name, _number(s.mean_loss) + error, _number(s.final_loss), _number(s.validation_loss)]
+    row = [name, _with_error(s), _number(s.final_loss), _number(s.test_loss)]
     row += [f"{100 * s.diverged:.3g}%"]
     row += [f"{s.tasks_won[other]}{of_tasks}" if other in s.tasks_won else "–" for other in c.baselines]
     row += [f"{s.tasks_reached}{of_tasks}", _times(s.median_speed_up)]
@@ -201,6 +200,11 @@ def _task_name(c: Comparison, index: int) -> str:
 
 def _number(value: float) -> str:
   return f"{value:.3g}"
+
+
+def _with_error(s: Summary) -> str:
+  """The mean training loss, with its standard error where there is more than one seed."""
+  return _number(s.mean_loss) + ("" if math.isnan(s.mean_loss_error) else f" ± {s.mean_loss_error:.1g}")
 
 
 def _times(value: float | None) -> str:

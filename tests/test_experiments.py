@@ -76,7 +76,7 @@ def finished(environment, tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(finished):
   workdir, output = finished
-  assert re.search(r"On 2 held-out tasks the learned optimizer's mean training loss is [\d.e-]+ ± ", output)
+  assert re.search(r"Over 2 held-out tasks the learned optimizer's mean training loss is [\d.e-]+ ± ", output)
   assert output.rstrip().endswith(
     f"The trained optimizer is {workdir}/optimizer.safetensors; use it with "
     f'lopt.load("{workdir}/optimizer.safetensors")(num_steps=...).'
@@ -149,6 +149,9 @@ def fails_with(result, line):
     ({"meta_loss": "test"}, r"config\.meta_loss: 'test' is not one of 'train', 'validation'"),
     ({"num_outer_steps": 61}, r"num_outer_steps: must be a multiple of log_every=2, not 61"),
     ({"architecture.name": "mpl"}, r"config\.architecture\.name: .*did you mean 'mlp'\?.*lstm, mlp"),
+    ({"architecture.name": ".x"}, r"config\.architecture\.name: '\.x' is not the name of a module"),
+    ({"seed": 10**23}, r"config: seed: must be in 0\.\.4294967295"),
+    ({"outer_optimizer.learning_rate": "inf"}, r"learning_rate: must be above 0 and finite, not inf"),
     ({"sedd": 1}, "sedd"),
     ({"task.dimenson": 1}, "dimenson"),
   ],
@@ -175,10 +178,29 @@ def test_a_missing_data_set_is_refused_in_one_line(environment, tmp_path):
 
 def test_a_work_directory_of_another_configuration_is_refused(finished, environment, tmp_path):
   workdir, _ = finished
-  result = run(meta_train(workdir, **{"estimator.sigma": 0.5}), environment, tmp_path)
+  sigma: dict = {"estimator.sigma": 0.5}
+  result = run(meta_train(workdir, **sigma), environment, tmp_path)
   assert fails_with(
     result, r"another configuration: estimator\.sigma: \S+ \(there\) != 0\.5 \(here\); use another --workdir"
   )
+
+
+def test_checkpoints_without_their_configuration_are_refused(finished, environment, tmp_path):
+  workdir, _ = finished
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "checkpoints").symlink_to(workdir / "checkpoints")
+  result = run(meta_train(tmp_path / "run"), environment, tmp_path)
+  assert fails_with(result, r"has checkpoints and no config\.json")
+
+
+def test_optimizers_of_one_name_and_none_are_refused(finished, environment, tmp_path):
+  workdir, _ = finished
+  result = run(command("evaluate.py", f"--optimizer={workdir},{workdir}"), environment, tmp_path)
+  assert fails_with(result, "two would have the same name in tables: run, run")
+  result = run(command("evaluate.py", "--optimizer="), environment, tmp_path)
+  assert fails_with(result, "--optimizer: names no file")
+  result = run(command("evaluate.py", f"--optimizer={workdir}", "stray"), environment, tmp_path)
+  assert fails_with(result, "unexpected argument: stray")
 
 
 def test_foreign_optimizers_are_refused(environment, tmp_path):

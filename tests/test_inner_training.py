@@ -42,6 +42,11 @@ def sgd(decay=False):
   return base.LearnedOptimizer(lambda key: jnp.float32(0.1), transform)
 
 
+def batch_and_noise(key, task_params, split):
+  batch_key, loss_key = jax.random.split(key)
+  return np.asarray(family().batch(batch_key, task_params, split)), float(jax.random.normal(loss_key))
+
+
 @pytest.mark.parametrize("meta_loss", ["train", "validation"])
 def test_an_episode_is_plain_training(meta_loss):
   problem = inner_training.build(family(), sgd(decay=True), horizon=lambda key: jnp.int32(7), meta_loss=meta_loss)
@@ -54,16 +59,12 @@ def test_an_episode_is_plain_training(meta_loss):
     state, loss = jax.jit(problem.step)(theta, state, key)
     train_key, validation_key = jax.random.split(key)
 
-    def batch_and_noise(key, split, task_params=state.task_params):
-      batch_key, loss_key = jax.random.split(key)
-      return np.asarray(family().batch(batch_key, task_params, split)), float(jax.random.normal(loss_key))
-
-    batch, noise = batch_and_noise(train_key, "train")
+    batch, noise = batch_and_noise(train_key, state.task_params, "train")
     expected = 0.5 * np.sum((x - batch) ** 2) + noise
     velocity = 0.5 * velocity + task["scale"] * (x - batch)
     x = x - 0.8 / num_steps * velocity
     if meta_loss == "validation":
-      batch, noise = batch_and_noise(validation_key, "validation")
+      batch, noise = batch_and_noise(validation_key, state.task_params, "validation")
       expected = 0.5 * np.sum((x - batch) ** 2) + noise
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     np.testing.assert_allclose(state.params, x, rtol=1e-4)
@@ -75,7 +76,9 @@ def test_an_optimizer_state_that_depends_on_theta_shows():
 
   def transform(theta, num_steps):
     del num_steps
-    return optax.GradientTransformationExtraArgs(lambda params: theta, lambda g, state, params=None, **_: (g, state))
+    return optax.with_extra_args_support(optax.stateless(lambda updates, params: updates))._replace(
+      init=lambda params: theta
+    )
 
   stale = base.LearnedOptimizer(lambda key: jnp.float32(1.0), transform)
   problem = inner_training.build(family(), stale, horizon=lambda key: jnp.int32(7))

@@ -22,8 +22,8 @@ def make_measures(mean_loss, steps, tuning=None):
     mean_loss_error=mean_loss / 100,
     final_loss=mean_loss / 2,
     final_loss_error=mean_loss / 200,
-    validation_loss=mean_loss / 3,
-    validation_loss_error=math.nan,
+    test_loss=mean_loss / 3,
+    test_loss_error=math.nan,
     diverged=1 / 3 if mean_loss > 0.7 else 0.0,
     steps_to_target=steps,
     speed_up=T / steps if steps else None,
@@ -99,7 +99,7 @@ def test_table_of_means(comparison):
     "optimizer": "mine",
     "training loss": "0.312 ± 0.003",  # of 0.1234 and 0.5; the error is √(0.001234² + 0.005²) / 2
     "final training loss": "0.156",
-    "validation loss": "0.104",
+    "test loss": "0.104",
     "diverged": "0%",
     "better than Adam": "1/2",
     "better than SGDM": "2/2",
@@ -158,7 +158,7 @@ def test_json_has_every_number_of_the_comparison(comparison, tmp_path):
     summary = evaluation.summarize(comparison, name)._asdict()
     assert {key: pytest.approx(value) for key, value in summary.items()} == written["summary"]
     for i, m in enumerate(e.measures):
-      expected = m._asdict() | {"validation_loss_error": None}  # NaN
+      expected = m._asdict() | {"test_loss_error": None}  # NaN
       if m.tuning:
         t = m.tuning
         expected["tuning"] = {

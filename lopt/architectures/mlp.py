@@ -54,7 +54,7 @@ def build(
     step_multiplier: λ₁.
     exp_multiplier: λ₂.
     epsilon: ε, below which mean squares are not normalised away. The authors' code has 1e-5, with which tasks whose
-      gradients are small look like converged ones; with 1e-12 the optimizer does not see the loss's scale.
+      gradients are small look like converged ones.
 
   Raises:
     ValueError: For no hidden layer, or a width below 1.

@@ -1,5 +1,6 @@
 """The outer loop: estimate the meta-gradient, update θ, again."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -61,8 +62,8 @@ def outer_optimizer(
     ValueError: For a setting out of its range.
   """
   for name, value in {"learning_rate": learning_rate, "clip_norm": clip_norm}.items():
-    if not value > 0:
-      raise ValueError(f"{name}: must be above 0, not {value}")
+    if not 0 < value < math.inf:
+      raise ValueError(f"{name}: must be above 0 and finite, not {value}")
   for name, value in {"weight_decay": weight_decay, "final_fraction": final_fraction}.items():
     if not value >= 0:
       raise ValueError(f"{name}: must be at least 0, not {value}")
@@ -115,14 +116,15 @@ def build(
     updates, optimizer_state = optimizer.update(gradient, optimizer_state, theta)
     theta = optax.apply_updates(theta, updates)
     square_norm = jnp.square(optax.tree.norm(gradient))
-    variance = (metrics.pop("mean_square_gradient") - square_norm) / max(num_particles - 1, 1)
     metrics |= {
       "inner_steps": metrics["inner_steps"] * num_particles,
       "gradient_norm": jnp.sqrt(square_norm),
-      "gradient_standard_error": jnp.sqrt(jnp.maximum(variance, 0.0)),
       "update_norm": optax.tree.norm(updates),
       "theta_norm": optax.tree.norm(theta),
     }
+    if "mean_square_gradient" in metrics:
+      variance = (metrics.pop("mean_square_gradient") - square_norm) / max(num_particles - 1, 1)
+      metrics["gradient_standard_error"] = jnp.sqrt(jnp.maximum(variance, 0.0))
     return ((theta, optimizer_state), particles), metrics
 
   def outer_steps(first, replicated, particles):
@@ -175,17 +177,19 @@ def run(
     progress: `(outer steps taken by this call, metrics)`.
 
   Raises:
-    FloatingPointError: The meta-gradient is not finite; `state` as last saved is not affected.
+    FloatingPointError: The meta-gradient or θ is not finite; what was saved before is not affected.
   """
   for step in range(first_step, last_step, trainer.steps_per_call):
     begun = time.perf_counter()
     state, metrics = trainer.advance(step, state)
     seconds = time.perf_counter() - begun
-    for offset, norm in enumerate(metrics["gradient_norm"]):
-      if not np.isfinite(norm):
+    # θ too: once it is NaN, every loss is capped, and the meta-gradient of equal losses is exactly zero.
+    for name, what in {"gradient_norm": "the meta-gradient", "theta_norm": "θ"}.items():
+      bad = ~np.isfinite(metrics[name])
+      if bad.any():
         raise FloatingPointError(
-          f"outer step {step + offset}: the meta-gradient is not finite (its norm is {norm}); "
-          "lower the outer learning rate or σ, or give the task family a finite loss_cap"
+          f"outer step {step + int(np.argmax(bad))}: {what} is not finite; lower the outer learning rate or σ, or "
+          "give the task family a finite loss_cap"
         )
     means = {name: float(np.mean(values)) for name, values in metrics.items()}
     means["inner_steps_per_second"] = float(np.sum(metrics["inner_steps"])) / seconds

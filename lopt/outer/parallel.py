@@ -28,7 +28,9 @@ def setup() -> None:
   Each CPU core becomes a device (accelerators are unaffected), and compiled programs are kept on disk, in
   `JAX_COMPILATION_CACHE_DIR` or else ~/.cache/lopt, so that the second start is fast.
   """
-  jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+  # Not every system can say which cores this process may use.
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  jax.config.update("jax_num_cpu_devices", cores)
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lopt" / "compiled"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -4,6 +4,7 @@ A *group* is the particles that share every random number but their perturbation
 the unperturbed mean. Arrays are `[group, particle, ...]`.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -45,8 +46,8 @@ def check_counts(**counts: int) -> None:
 
 def check_sigma(sigma: float) -> None:
   """Raises ValueError unless the perturbations' standard deviation is positive."""
-  if not sigma > 0:
-    raise ValueError(f"sigma: must be above 0, not {sigma}")
+  if not 0 < sigma < math.inf:
+    raise ValueError(f"sigma: must be above 0 and finite, not {sigma}")
 
 
 def ravel(theta: base.Theta) -> tuple[Float[Array, " P"], Unravel]:

@@ -223,7 +223,7 @@ def test_staggered_pairs_are_at_every_age():
   [
     (lambda: pes.build(problem(), num_pairs=0), "num_pairs: must be at least 1, not 0"),
     (lambda: pes.build(problem(), unroll_length=-1), "unroll_length: must be at least 1, not -1"),
-    (lambda: pes.build(problem(), sigma=0.0), "sigma: must be above 0, not 0.0"),
+    (lambda: pes.build(problem(), sigma=0.0), "sigma: must be above 0 and finite, not 0.0"),
     (lambda: es.build(problem(), unroll_length=0), "unroll_length: must be at least 1, not 0"),
     (lambda: es.build(problem(), pairs_per_block=0), "pairs_per_block: must be at least 1, not 0"),
   ],
