@@ -133,7 +133,7 @@ class Summary(NamedTuple):
   tasks_reached: int
   """The number of tasks on which it reached tuned Adam's final loss."""
   median_speed_up: float | None
-  """The median over all tasks, 0 for those never reached; None when that is the median."""
+  """The median over all tasks, those never reached being the slowest; None when the median is one of them."""
   tasks_interior: int | None
   """The number of tasks whose best learning rate is interior to the grid; None for a learned optimizer."""
 
@@ -190,6 +190,7 @@ def compare(
       optimizer,
       num_steps=num_steps,
       num_held_out_batches=num_held_out_batches,
+      split="test",
       theta_per_task=theta_per_task,
     )
 
@@ -272,8 +273,8 @@ def build_metrics(
 def summarize(comparison: Comparison, name: str) -> Summary:
   """One optimizer of a comparison, over all tasks."""
   own = (comparison.learned | comparison.baselines)[name].measures
-  # A never is slower than any other, and must weigh on the median.
-  speed_up = float(np.median([m.speed_up or 0.0 for m in own]))
+  # A never takes longer than anything, and must weigh on the median.
+  relative_steps = float(np.median([1 / m.speed_up if m.speed_up else np.inf for m in own]))
   return Summary(
     mean_loss=float(np.mean([m.mean_loss for m in own])),
     final_loss=float(np.mean([m.final_loss for m in own])),
@@ -286,7 +287,7 @@ def summarize(comparison: Comparison, name: str) -> Summary:
       if other != name
     },
     tasks_reached=sum(m.steps_to_target is not None for m in own),
-    median_speed_up=speed_up or None,
+    median_speed_up=1 / relative_steps if np.isfinite(relative_steps) else None,
     tasks_interior=sum(m.tuning.interior for m in own if m.tuning) if name in comparison.baselines else None,
   )
 

@@ -376,7 +376,7 @@ def test_summary_over_tasks(comparison):
 
 @pytest.mark.parametrize(
   ("speed_ups", "expected"),
-  [([4.0, 2.0, 1.0], 2.0), ([4.0, 2.0, None], 2.0), ([4.0, None, None], None), ([4.0, 2.0, 1.0, None], 1.5)],
+  [([4.0, 2.0, 1.0], 2.0), ([4.0, 2.0, None], 2.0), ([4.0, None, None], None), ([4.0, 2.0, 1.0, None], 1 / 0.75)],
 )
 def test_median_speed_up_counts_a_never_as_the_slowest(comparison, speed_ups, expected):
   template = comparison.learned["fast"].measures[0]
