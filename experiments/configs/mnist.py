@@ -2,7 +2,7 @@
 
     python experiments/meta_train.py --config=experiments/configs/mnist.py --workdir=runs/mnist
 
-Takes: TODO on 2 CPU cores. Result: TODO.
+Takes: as long as digits.py, and 20 seconds to prepare the data once. Result: not recorded yet.
 """
 
 import pathlib

@@ -2,7 +2,8 @@
 
     python experiments/meta_train.py --config=experiments/configs/quadratics.py --workdir=runs/quadratics
 
-Takes: TODO on 2 CPU cores. Result: TODO.
+Takes: a minute on 2 CPU cores. Result: mean loss 0.0195 on 8 held-out tasks, tuned Adam 0.0218, lower on all 8; but
+Adam and SGD with momentum converge (7e-10 after 200 steps), and the learned optimizer stays at 4e-3.
 """
 
 import pathlib
