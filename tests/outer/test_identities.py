@@ -75,7 +75,7 @@ def test_truncated_es_advances_under_the_mean_theta():
 
 def pes_reference(problem, key, theta, state, sigma, unroll_length):
   """PES for one outer step, as one would write it down: a loop over pairs, signs and steps; NumPy sums."""
-  estimates = []
+  estimates, xis = [], []
   flat, unravel = unrolls.ravel(theta)
   for pair, index in enumerate(state.index):
     noise_key, key_of_steps = jax.random.split(jax.random.fold_in(key, index))
@@ -99,7 +99,8 @@ def pes_reference(problem, key, theta, state, sigma, unroll_length):
     xi = state.xi[pair] + epsilon
     estimate = xi * (old[0] - old[1]) + epsilon * (new[0] - new[1])
     estimates.append(np.asarray(estimate) / (2 * sigma**2 * unroll_length))
-  return np.mean(estimates, axis=0)
+    xis.append(epsilon if restarted else xi)
+  return np.mean(estimates, axis=0), np.stack(xis)
 
 
 @pytest.mark.parametrize("unroll_length", [1, 3, 5, 7, 12])
@@ -110,9 +111,10 @@ def test_pes_equals_a_plain_loop(unroll_length, stagger):
   state = estimator.init(jax.random.key(0), THETA)
   for i in range(5):
     key = jax.random.key(100 + i)
-    expected = pes_reference(horizons, key, THETA, state, 0.2, unroll_length)
+    expected, expected_xi = pes_reference(horizons, key, THETA, state, 0.2, unroll_length)
     gradient, state, _ = jax.jit(estimator.estimate)(key, THETA, state)
     np.testing.assert_allclose(leaves(gradient), expected, rtol=2e-4, atol=1e-5)
+    np.testing.assert_allclose(state.xi, expected_xi, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
