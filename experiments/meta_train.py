@@ -19,7 +19,18 @@ from typing import Any, Literal, NamedTuple
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from lopt import base, checkpoints, configuration, evaluation, files, inner_training, report, tracking, trained
+from lopt import (
+  base,
+  checkpoints,
+  checks,
+  configuration,
+  evaluation,
+  files,
+  inner_training,
+  report,
+  tracking,
+  trained,
+)
 from lopt.outer import meta_training, parallel
 
 CONFIG = configuration.define_flag("config", str(Path(__file__).parent / "configs" / "digits.py"), "What to run.")
@@ -63,7 +74,7 @@ def build(
   checkpoint: Section,
 ) -> Experiment:
   """Makes of a configuration all that it names, so that whatever is wrong with it shows before any work starts."""
-  _at_least_one(num_outer_steps=num_outer_steps, log_every=log_every)
+  checks.counts(num_outer_steps=num_outer_steps, log_every=log_every)
   if not 0 <= seed < 2**32:
     raise ValueError(f"seed: must be in 0..{2**32 - 1}, not {seed}")
   sections = {
@@ -104,9 +115,7 @@ def _checkpoint(*, every: int, keep: int) -> dict[str, int]:
 
 
 def _at_least_one(**counts: int) -> dict[str, int]:
-  for name, count in counts.items():
-    if count < 1:
-      raise ValueError(f"{name}: must be at least 1, not {count}")
+  checks.counts(**counts)
   return counts
 
 

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lopt import baselines, inner_training
+from lopt import baselines, checks, inner_training
 from lopt.base import LearnedOptimizer, PRNGKey, PyTree, Scalar, TaskFamily, TaskParams, Theta
-from lopt.outer import parallel
+from lopt.outer import parallel, unrolls
 
 HELD_OUT = "held-out"
 PERIODIC = "periodic"
@@ -168,7 +168,7 @@ def compare(
     ValueError: For a count below 1, a name of a baseline, or a θ that is not of its architecture.
   """
   tuned = {REFERENCE: baselines.adam(), "SGDM": baselines.sgdm()}
-  _check_counts(
+  checks.counts(
     num_tasks=num_tasks,
     num_seeds=num_seeds,
     num_steps=num_steps,
@@ -248,7 +248,7 @@ def build_metrics(
   Raises:
     ValueError: For a count below 1.
   """
-  _check_counts(
+  checks.counts(
     num_tasks=num_tasks,
     num_seeds=num_seeds,
     num_steps=num_steps,
@@ -328,9 +328,7 @@ def build_train(
   """
 
   def cap(loss: Scalar, task_params: TaskParams) -> tuple[Scalar, Bool[Array, ""]]:
-    loss = family.normalize(loss, task_params)
-    bad = ~(loss < family.loss_cap)  # true for NaN
-    return jnp.where(bad, family.loss_cap, loss), bad
+    return unrolls.bounded(family.normalize(loss, task_params), family.loss_cap)
 
   def train_run(thetas: Theta, task: Tasks, seed: Int[Array, ""]) -> Runs:
     task_params = task.params
@@ -507,12 +505,6 @@ def _describe(task_params: TaskParams) -> str:
 
   leaves = jax.tree_util.tree_leaves_with_path(task_params)
   return ", ".join(words(path, leaf) for path, leaf in leaves if is_small_number(leaf))
-
-
-def _check_counts(**counts: int) -> None:
-  for name, count in counts.items():
-    if count < 1:
-      raise ValueError(f"{name}: must be at least 1, not {count}")
 
 
 def _check_theta(name: str, optimizer: LearnedOptimizer, theta: Theta) -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports from the layers before its own only. A package stands for all of its files, so a new task,
 # architecture or estimator needs no line here; a new module at the top of lopt does.
 LAYERS = (
-  ("base", "files", "version"),
+  ("base", "checks", "files", "version"),
   ("configuration", "checkpoints", "tracking", "architectures", "tasks", "outer"),
   ("inner_training", "baselines", "trained"),
   ("outer.meta_training",),

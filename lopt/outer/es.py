@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lopt import base
+from lopt import base, checks
 from lopt.outer import unrolls
 
 HORIZON_SAMPLES = 2**16  # for E[T]: its standard error is below 0.3% for horizons log-uniform over two decades
@@ -65,11 +65,11 @@ def build(
   Raises:
     ValueError: For counts below 1 or σ ≤ 0.
   """
-  unrolls.check_counts(num_pairs=num_pairs, pairs_per_block=pairs_per_block)
+  checks.counts(num_pairs=num_pairs, pairs_per_block=pairs_per_block)
   unrolls.check_sigma(sigma)
   if unroll_length is None:
     return _full(problem, num_pairs, sigma, pairs_per_block)
-  unrolls.check_counts(unroll_length=unroll_length)
+  checks.counts(unroll_length=unroll_length)
   return _truncated(problem, num_pairs, sigma, unroll_length, stagger, pairs_per_block)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lopt import base
+from lopt import base, checks
 from lopt.outer import unrolls
 
 
@@ -59,7 +59,7 @@ def build(
   Raises:
     ValueError: For counts below 1 or σ ≤ 0.
   """
-  unrolls.check_counts(num_pairs=num_pairs, unroll_length=unroll_length, pairs_per_block=pairs_per_block)
+  checks.counts(num_pairs=num_pairs, unroll_length=unroll_length, pairs_per_block=pairs_per_block)
   unrolls.check_sigma(sigma)
 
   def init(key: base.PRNGKey, theta: base.Theta) -> PESState:

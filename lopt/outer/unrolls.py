@@ -37,13 +37,6 @@ class Losses(NamedTuple):
   diverged: Bool[Array, "groups particles"]  # whether any loss was capped
 
 
-def check_counts(**counts: int) -> None:
-  """Raises ValueError that names the first count below 1."""
-  for name, count in counts.items():
-    if count < 1:
-      raise ValueError(f"{name}: must be at least 1, not {count}")
-
-
 def check_sigma(sigma: float) -> None:
   """Raises ValueError unless the perturbations' standard deviation is positive."""
   if not 0 < sigma < math.inf:
@@ -135,8 +128,13 @@ def advance(
 
   # The key is not mapped over a group's particles: what only depends on it (data) is computed once for them all.
   state, loss = jax.vmap(jax.vmap(step, in_axes=(0, 0, None)))(thetas, state, keys)
-  diverged = ~(loss < problem.loss_cap)  # true for NaN
-  return state, jnp.where(diverged, problem.loss_cap, loss), diverged
+  return state, *bounded(loss, problem.loss_cap)
+
+
+def bounded(loss: Float[Array, "*any"], cap: float) -> tuple[Float[Array, "*any"], Bool[Array, "*any"]]:
+  """The loss, or the cap where it is NaN or not below it, and where that is: what counts as diverged everywhere."""
+  diverged = ~(loss < cap)  # true for NaN
+  return jnp.where(diverged, cap, loss), diverged
 
 
 def unroll_window(
@@ -165,7 +163,7 @@ def unroll_window(
     losses = Losses(
       first=losses.first + jnp.where(restarted[:, None], 0.0, loss),
       rest=losses.rest + jnp.where(restarted[:, None], loss, 0.0),
-      steps=losses.steps + 1,
+      steps=losses.steps,
       restarted=restarted,
       diverged=losses.diverged | diverged,
     )
@@ -174,7 +172,7 @@ def unroll_window(
   none = Losses(
     first=jnp.zeros((groups, particles)),
     rest=jnp.zeros((groups, particles)),
-    steps=jnp.zeros(groups, jnp.int32),
+    steps=jnp.full(groups, length),
     restarted=jnp.zeros(groups, bool),
     diverged=jnp.zeros((groups, particles), bool),
   )

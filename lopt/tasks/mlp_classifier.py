@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, UInt32
 
-from lopt import base
+from lopt import base, checks
 from lopt.tasks import datasets
 
 LOSS_CAP = 10.0
@@ -100,16 +100,16 @@ def build(
     ValueError: an argument is out of range; the message starts with its name.
     FileNotFoundError, OSError: the data set cannot be had; see `lopt.tasks.datasets.load`.
   """
-  _require(all(size >= 1 for size in hidden_sizes), "hidden_sizes", hidden_sizes, "sizes of at least 1")
-  _require(batch_size >= 1, "batch_size", batch_size, "at least 1")
-  _require(
+  checks.require(all(size >= 1 for size in hidden_sizes), "hidden_sizes", hidden_sizes, "sizes of at least 1")
+  checks.require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+  checks.require(
     len(activations) > 0 and set(activations) <= set(_ACTIVATIONS),
     "activations",
     activations,
     f"one or more of {', '.join(_ACTIVATIONS)}",
   )
-  _require(min_classes >= 2, "min_classes", min_classes, "at least 2")
-  _require(
+  checks.require(min_classes >= 2, "min_classes", min_classes, "at least 2")
+  checks.require(
     max_classes is None or max_classes >= min_classes,
     "max_classes",
     max_classes,
@@ -117,12 +117,16 @@ def build(
   )
   ranges = {"weight_scale": weight_scale, "input_scale": input_scale, "loss_scale": loss_scale}
   for name, (low, high) in ranges.items():
-    _require(0 < low <= high < math.inf, name, (low, high), "lowest and highest factor, 0 < lowest <= highest")
+    checks.require(0 < low <= high < math.inf, name, (low, high), "lowest and highest factor, 0 < lowest <= highest")
 
   data = datasets.load(dataset, resolution=resolution, data_dir=data_dir)
   most_classes = data.num_classes if max_classes is None else max_classes
-  _require(min_classes <= data.num_classes, "min_classes", min_classes, f"at most {dataset}'s {data.num_classes}")
-  _require(most_classes <= data.num_classes, "max_classes", max_classes, f"at most {dataset}'s {data.num_classes}")
+  checks.require(
+    min_classes <= data.num_classes, "min_classes", min_classes, f"at most {dataset}'s {data.num_classes}"
+  )
+  checks.require(
+    most_classes <= data.num_classes, "max_classes", max_classes, f"at most {dataset}'s {data.num_classes}"
+  )
   splits = {name: _sort_by_class(data, name, dataset) for name in base.SPLITS}
   functions = [_ACTIVATIONS[name] for name in activations]
 
@@ -179,11 +183,6 @@ def build(
     return loss / (task_params.loss_scale * jnp.log(task_params.num_classes))
 
   return base.TaskFamily(sample, init, batch, loss, normalize, LOSS_CAP)
-
-
-def _require(condition: bool, name: str, value: object, what: str) -> None:
-  if not condition:
-    raise ValueError(f"{name}={value!r}: must be {what}")
 
 
 def _sort_by_class(data: datasets.Dataset, split: str, dataset: str) -> _Split:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lopt import base
+from lopt import base, checks
 
 LOSS_CAP = 10.0
 """In units of the expected loss at the start. Starts scatter around 1 (in 10 dimensions one in a thousand is above
@@ -53,15 +53,15 @@ def build(
   Raises:
     ValueError: an argument is out of range; the message starts with its name.
   """
-  _require(dimension >= 1, "dimension", dimension, "at least 1")
+  checks.require(dimension >= 1, "dimension", dimension, "at least 1")
   low, high = condition_number
-  _require(
+  checks.require(
     1 <= low <= high < math.inf, "condition_number", condition_number, "lowest, highest; 1 <= lowest <= highest"
   )
   low, high = curvature
-  _require(0 < low <= high < math.inf, "curvature", curvature, "lowest, highest; 0 < lowest <= highest")
-  _require(0 <= start_scale < math.inf, "start_scale", start_scale, "at least 0")
-  _require(0 <= gradient_noise < math.inf, "gradient_noise", gradient_noise, "at least 0")
+  checks.require(0 < low <= high < math.inf, "curvature", curvature, "lowest, highest; 0 < lowest <= highest")
+  checks.require(0 <= start_scale < math.inf, "start_scale", start_scale, "at least 0")
+  checks.require(0 <= gradient_noise < math.inf, "gradient_noise", gradient_noise, "at least 0")
 
   def sample(key: base.PRNGKey) -> QuadraticTask:
     spectrum_key, basis_key, minimum_key = jax.random.split(key, 3)
@@ -107,8 +107,3 @@ def build(
 
 def _interpolate(low: float, high: float, position: base.Scalar) -> base.Scalar:
   return low + (high - low) * position
-
-
-def _require(condition: bool, name: str, value: object, what: str) -> None:
-  if not condition:
-    raise ValueError(f"{name}={value!r}: must be {what}")
