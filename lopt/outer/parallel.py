@@ -93,6 +93,9 @@ def map_runs(function: Callable[..., base.PyTree], shared: base.PyTree, runs: ba
   blocks = jax.tree.map(lambda x: x[order].reshape(-1, block, *x.shape[1:]), runs)
 
   def on_one_device(shared: base.PyTree, blocks: base.PyTree) -> base.PyTree:
+    if block == 1:  # without a vmap, so that `lax.cond` stays a branch
+      one = lambda run: function(shared, jax.tree.map(lambda x: x[0], run))
+      return jax.tree.map(lambda x: x[:, None], jax.lax.map(one, blocks))
     return jax.lax.map(lambda runs: jax.vmap(lambda run: function(shared, run))(runs), blocks)
 
   mesh = Mesh(np.asarray(devices), (AXIS,))
