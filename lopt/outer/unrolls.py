@@ -1,7 +1,7 @@
-"""Unrolling groups of particles: what every evolution-strategies estimator has in common.
+"""Unrolling groups of particles: what every estimator has in common.
 
-A *group* is the particles that share every random number but their perturbation: an antithetic pair, or a pair and
-the unperturbed mean. Arrays are `[group, particle, ...]`.
+A *group* is the particles that share every random number but their perturbation: an antithetic pair, a pair and
+the unperturbed mean, or, for estimators that differentiate, that one alone. Arrays are `[group, particle, ...]`.
 """
 
 import math
@@ -17,6 +17,9 @@ from lopt import base
 
 Tree = TypeVar("Tree")
 Unravel = Callable[[Float[Array, " P"]], base.Theta]
+
+
+HORIZON_SAMPLES = 2**16  # for E[T]: its standard error is below 0.3% for horizons log-uniform over two decades
 
 
 class Episodes(NamedTuple):
@@ -61,6 +64,12 @@ def perturbed(
 ) -> Float[Array, "groups particles P"]:
   """θ + sign·ε for each particle of each group."""
   return theta[None, None] + jnp.array(signs, theta.dtype)[None, :, None] * epsilon[:, None, :]
+
+
+def mean_horizon(problem: base.UnrolledProblem, key: base.PRNGKey) -> base.Scalar:
+  """E[T], by which estimators of whole episodes divide; consumes the key."""
+  horizons = jax.vmap(problem.horizon)(jax.random.split(key, HORIZON_SAMPLES))
+  return jnp.mean(horizons.astype(jnp.float32))
 
 
 def group_keys(key: base.PRNGKey, index: Int[Array, " groups"]) -> Key[Array, " groups"]:
@@ -144,8 +153,23 @@ def unroll_window(
   episodes: Episodes,
   keys: Key[Array, " groups"],
   length: int,
+  *,
+  thetas_of_new: Float[Array, "groups particles P"] | None = None,
+  differentiable: bool = False,
 ) -> tuple[Episodes, Losses]:
-  """K = `length` steps of every particle; an episode that ends is followed by a fresh one within the window."""
+  """K = `length` steps of every particle; an episode that ends is followed by a fresh one within the window.
+
+  Args:
+    problem: What is unrolled.
+    thetas: Each particle's θ, as vectors.
+    unravel: Makes θ of a vector.
+    episodes: The inner runs, where the window begins.
+    keys: One a group, consumed.
+    length: K.
+    thetas_of_new: θ of episodes that begin in this window, where it is another.
+    differentiable: Whether this will be differentiated in reverse: then the states between steps are all that is
+      kept, and the rest of a step is computed a second time.
+  """
   groups, particles = thetas.shape[:2]
 
   def restart(ended: Bool[Array, " groups"], episodes: Episodes, keys: Key[Array, " groups"]) -> Episodes:
@@ -158,8 +182,9 @@ def unroll_window(
     ended = episodes.steps_left == 0
     # `cond` on a scalar, outside the vmap, begins episodes only in the steps where one has to.
     episodes = jax.lax.cond(jnp.any(ended), lambda: restart(ended, episodes, step_keys[:, 0]), lambda: episodes)
-    state, loss, diverged = advance(problem, thetas, unravel, episodes.state, step_keys[:, 1])
     restarted = losses.restarted | ended
+    now = thetas if thetas_of_new is None else where_group(restarted, thetas_of_new, thetas)
+    state, loss, diverged = advance(problem, now, unravel, episodes.state, step_keys[:, 1])
     losses = Losses(
       first=losses.first + jnp.where(restarted[:, None], 0.0, loss),
       rest=losses.rest + jnp.where(restarted[:, None], loss, 0.0),
@@ -170,15 +195,51 @@ def unroll_window(
     return (episodes._replace(state=state, steps_left=episodes.steps_left - 1), losses), None
 
   none = Losses(
-    first=jnp.zeros((groups, particles)),
-    rest=jnp.zeros((groups, particles)),
+    first=jnp.zeros((groups, particles), thetas.dtype),
+    rest=jnp.zeros((groups, particles), thetas.dtype),
     steps=jnp.full(groups, length),
     restarted=jnp.zeros(groups, bool),
     diverged=jnp.zeros((groups, particles), bool),
   )
   step_keys = jax.vmap(lambda t: split_step_keys(keys, t))(jnp.arange(length))
+  body = jax.checkpoint(body, prevent_cse=False) if differentiable else body
   (episodes, losses), _ = jax.lax.scan(body, (episodes, none), step_keys)
   return episodes, losses
+
+
+def differentiate_window(
+  problem: base.UnrolledProblem,
+  theta: Float[Array, " P"],
+  unravel: Unravel,
+  episodes: Episodes,
+  keys: Key[Array, " groups"],
+  length: int,
+) -> tuple[Episodes, Losses, Callable[[float, float], Float[Array, "groups P"]]]:
+  """`unroll_window` of one unperturbed particle a group, and how its losses depend on θ within the window.
+
+  Returns:
+    Episodes and losses as `unroll_window`, and a function `(a, b) -> ∇_θ [a Σ first losses + b Σ rest]`, a gradient a
+    group. It is 0 for a group with a capped loss (which is constant) whose gradient is not finite.
+  """
+
+  def unroll(thetas: Float[Array, "groups 1 P"]):
+    end, losses = unroll_window(problem, thetas, unravel, episodes, keys, length, differentiable=True)
+    return (losses.first, losses.rest), (end, losses)
+
+  thetas = jnp.broadcast_to(theta, (keys.shape[0], 1, theta.size))
+  (first, rest), pull_back, (end, losses) = jax.vjp(unroll, thetas, has_aux=True)
+
+  def gradients(a: float, b: float) -> Float[Array, "groups P"]:
+    (gradient,) = pull_back((jnp.full_like(first, a), jnp.full_like(rest, b)))
+    return without_capped(gradient[:, 0], losses.diverged[:, 0])
+
+  return end, losses, gradients
+
+
+def without_capped(gradients: Float[Array, "groups P"], diverged: Bool[Array, " groups"]) -> Float[Array, "groups P"]:
+  """Gradients, 0 for groups that diverged beyond what has a derivative: reverse mode makes NaN of 0 × ∞ there."""
+  finite = jnp.all(jnp.isfinite(gradients), axis=1)
+  return jnp.where((diverged & ~finite)[:, None], 0.0, gradients)
 
 
 def unroll_episode(
@@ -198,7 +259,7 @@ def unroll_episode(
     running = (t < horizon)[:, None]
     return t + 1, state, total + jnp.where(running, loss, 0.0), diverged | (diverged_now & running)
 
-  start = (0, state, jnp.zeros((groups, particles), jnp.float32), jnp.zeros((groups, particles), bool))
+  start = (0, state, jnp.zeros((groups, particles), thetas.dtype), jnp.zeros((groups, particles), bool))
   _, _, total, diverged = jax.lax.while_loop(lambda carry: carry[0] < jnp.max(horizon), body, start)
   return Losses(total, jnp.zeros_like(total), horizon, jnp.zeros(groups, bool), diverged)
 
@@ -242,11 +303,11 @@ def metrics(gradients: Float[Array, "groups P"], losses: Losses, steps: base.Sca
 
   Args:
     gradients: Each group's own estimate.
-    losses: Of particles θ + ε, θ - ε, and maybe more that do not count for the meta-loss.
+    losses: Of particles θ + ε, θ - ε, and maybe more that do not count for the meta-loss; or of θ alone.
     steps: What the sum of losses is divided by to have the mean loss per inner step.
 
   Returns:
-    `meta_loss`, the pairs' mean loss per inner step; `diverged`, the share of particles with a capped loss;
+    `meta_loss`, the mean loss per inner step; `diverged`, the share of particles with a capped loss;
     `inner_steps`, how many the group took, all its particles together; `mean_square_gradient`, the groups' mean
     |g_i|², from which follows the variance of their mean.
   """

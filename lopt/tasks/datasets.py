@@ -1,12 +1,15 @@
-"""Image-classification data sets as device arrays, prepared and read by tensorflow-datasets (TFDS).
+"""Image-classification sets and texts as device arrays, prepared and read by tensorflow-datasets (TFDS).
 
-`load` prepares a set once (array_record files, laid out as TFDS does), decodes it once (a `.npz` beside those
-files), and from then on only reads that one file: TensorFlow is never imported, TFDS only for the first start.
+`load` and `load_text` prepare a set once (array_record files, laid out as TFDS does), decode it once (a `.npz` beside
+those files), and from then on only read that one file: TensorFlow is never imported, TFDS only for the first start.
 
     digits                  1,797 digits of 8x8 pixels; comes with scikit-learn, needs no network
     mnist, fashion_mnist    70,000 images of 28x28 pixels; downloaded, or taken from $LOPT_MANUAL_DIR/<name>/
     any other name          of the TFDS catalogue ("cifar10", "imagenet_resized/16x16"), where it stands prepared
                             in the data directory in array_record format
+    tiny_shakespeare        1,115,394 characters of his plays; downloaded, or taken from $LOPT_MANUAL_DIR/<name>/
+
+`read_text` reads a text from a file instead.
 """
 
 import contextlib
@@ -22,7 +25,7 @@ import tempfile
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,10 +37,12 @@ from lopt import files
 
 _log = logging.getLogger(__name__)
 
-# Sets that `load` prepares by itself -> free disk space in bytes that this takes, downloads and cache included.
-_PREPARED_HERE = {"digits": 5_000_000, "mnist": 150_000_000, "fashion_mnist": 180_000_000}
+# Sets that are prepared here -> free disk space in bytes that this takes, downloads and cache included.
+_IMAGES = {"digits": 5_000_000, "mnist": 150_000_000, "fashion_mnist": 180_000_000}
+_TEXTS = {"tiny_shakespeare": 10_000_000}
 _CACHE = "lopt_arrays.npz"
-_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+_IMAGE_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "num_classes")
+_TEXT_SPLITS = ("train", "validation", "test")
 _NETWORK_TIMEOUT = 5.0  # seconds
 _DIGITS_TRAIN = 1437  # four fifths of scikit-learn's 1,797
 
@@ -57,6 +62,15 @@ class Dataset(NamedTuple):
   test: Split
   num_classes: int
   max_value: int
+
+
+class Text(NamedTuple):
+  """A text on the device, each character as its index in `alphabet`."""
+
+  train: Int32[Array, " characters"]
+  validation: Int32[Array, " characters"]
+  test: Int32[Array, " characters"]
+  alphabet: str  # all characters of the three, in the order of their code points
 
 
 def load(name: str, *, resolution: int | None = None, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
@@ -82,18 +96,17 @@ def load(name: str, *, resolution: int | None = None, data_dir: str | os.PathLik
   """
   if resolution is not None and resolution < 1:
     raise ValueError(f"resolution={resolution}: must be at least 1 pixel, or None for the native size")
-  root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+  root = _root(data_dir)
+  if name in _TEXTS:
+    raise ValueError(f"dataset={name!r} is a text, not for image classification; there are: {', '.join(_IMAGES)}")
   if not re.fullmatch(r"\w+(/\w[\w.-]*)?", name):
     raise _unknown(name, root)
   directory = _newest_version(root / name)
   if directory is None:
-    if name not in _PREPARED_HERE:
+    if name not in _IMAGES:
       raise _not_prepared(name, root)
     directory = _prepare(name, root)
-  arrays = _read_cache(directory)
-  if arrays is None:
-    arrays = _decode(name, directory)
-    _write_cache(directory, arrays)
+  arrays = _arrays(directory, _IMAGE_ARRAYS, lambda: _decode_images(name, directory))
 
   images, labels = _resize(arrays["train_images"], resolution), arrays["train_labels"]
   cut = len(labels) - len(labels) // (5 if name == "digits" else 10)
@@ -106,6 +119,73 @@ def load(name: str, *, resolution: int | None = None, data_dir: str | os.PathLik
   )
 
 
+def load_text(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Text:
+  """Loads a text as device arrays in its official splits; prepares it first where that is needed.
+
+  Args:
+    name: `tiny_shakespeare`.
+    data_dir: as for `load`.
+
+  On machines without a network, $LOPT_MANUAL_DIR/tiny_shakespeare/ holds the original input.txt.
+
+  Raises:
+    ValueError: no such text.
+    FileNotFoundError, OSError: as for `load`.
+  """
+  if name not in _TEXTS:
+    raise ValueError(f"dataset={name!r} is no text that this library has; there are: {', '.join(_TEXTS)}")
+  root = _root(data_dir)
+  directory = _newest_version(root / name) or _prepare(name, root)
+  arrays = _arrays(directory, _TEXT_SPLITS, lambda: _decode_text(name, directory))
+  return _encode(*(arrays[split].tobytes().decode() for split in _TEXT_SPLITS))
+
+
+def read_text(path: str | os.PathLike[str]) -> Text:
+  """Reads a UTF-8 file as device arrays: its first 90% are for training, and 5% each for validation and testing.
+
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: it is not UTF-8, or has less than 20 characters.
+  """
+  try:
+    text = Path(path).expanduser().read_text("utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+  if len(text) < 20:
+    raise ValueError(f"{path}: has {len(text)} characters, too few to be split")
+  return _encode(*_cut(text))
+
+
+def _cut(text: str) -> tuple[str, str, str]:
+  """The first 90% and two halves of what remains, as TFDS cuts tiny_shakespeare."""
+  train = int(len(text) * 0.9)
+  validation = train + int((len(text) - train) * 0.5)
+  return text[:train], text[train:validation], text[validation:]
+
+
+def _encode(train: str, validation: str, test: str) -> Text:
+  parts = [np.frombuffer(part.encode("utf-32-le"), np.uint32) for part in (train, validation, test)]
+  code_points, indices = np.unique(np.concatenate(parts), return_inverse=True)
+  cuts = np.cumsum([len(part) for part in parts[:-1]])
+  return Text(
+    *(jnp.asarray(part, jnp.int32) for part in np.split(indices, cuts)),
+    alphabet="".join(map(chr, code_points)),
+  )
+
+
+def _root(data_dir: str | os.PathLike[str] | None) -> Path:
+  return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def _arrays(directory: Path, names: tuple[str, ...], decode: Callable[[], dict[str, np.ndarray]]) -> dict[str, Any]:
+  """The decoded set, from its cache where that can be read."""
+  arrays = _read_cache(directory, names)
+  if arrays is None:
+    arrays = decode()
+    _write_cache(directory, arrays)
+  return arrays
+
+
 def _newest_version(folder: Path) -> Path | None:
   """The prepared `<folder>/<x.y.z>` of the highest version; a version appears there only once it is complete."""
   versions = [path.parent for path in folder.glob("*/dataset_info.json")]
@@ -116,7 +196,7 @@ def _newest_version(folder: Path) -> Path | None:
 def _unknown(name: str, root: Path) -> ValueError:
   infos = [*root.glob("*/*/dataset_info.json"), *root.glob("*/*/*/dataset_info.json")]
   prepared = {path.parents[1].relative_to(root).as_posix() for path in infos}
-  names = sorted({*_PREPARED_HERE, *prepared})
+  names = sorted({*_IMAGES, *prepared} - {*_TEXTS})
   close = difflib.get_close_matches(name, names, n=1)
   return ValueError(
     f"dataset={name!r} does not exist; {f'did you mean {close[0]!r}? ' if close else ''}"
@@ -151,13 +231,14 @@ def _prepare(name: str, root: Path) -> Path:
   manual_dir = Path(manual_root).expanduser() / name if manual_root else None
   if name != "digits":
     _check_sources(name, root, manual_dir)
+  size = {**_IMAGES, **_TEXTS}[name]
   staging = None
   try:
     root.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f"incomplete.{name}.", dir=root))
-    if shutil.disk_usage(root).free < _PREPARED_HERE[name]:
+    if shutil.disk_usage(root).free < size:
       raise OSError(errno.ENOSPC, "full")
-    builder = _digits_builder(staging) if name == "digits" else _idx_builder(name, staging)
+    builder = _builder(name, staging)
     _log.info("preparing %s in %s", name, root)
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself by print
@@ -187,7 +268,7 @@ def _prepare(name: str, root: Path) -> Path:
       raise
     failed = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
     reason = files.explain(failed, root / name).strerror
-    remedy = f"see that {_PREPARED_HERE[name] // 1_000_000} MB are free and writable, or choose another data_dir"
+    remedy = f"see that {size // 1_000_000} MB are free and writable, or choose another data_dir"
     raise OSError(failed.errno or errno.EIO, f"dataset={name!r}: {reason}; {remedy}") from error
   finally:
     if staging is not None:
@@ -216,6 +297,13 @@ def _check_sources(name: str, root: Path, manual_dir: Path | None) -> None:
 
 def _file_name(url: str) -> str:
   return url.rpartition("/")[2]
+
+
+def _builder(name: str, data_dir: Path) -> Any:
+  """A TFDS builder that needs no TensorFlow."""
+  if name == "digits":
+    return _digits_builder(data_dir)
+  return _text_builder(name, data_dir) if name in _TEXTS else _idx_builder(name, data_dir)
 
 
 def _digits_builder(data_dir: Path) -> Any:
@@ -294,8 +382,34 @@ def _idx_builder(name: str, data_dir: Path) -> Any:
   return Idx(data_dir=data_dir, file_format="array_record")
 
 
-def _decode(name: str, directory: Path) -> dict[str, np.ndarray]:
-  """Reads all examples of a prepared set."""
+def _text_builder(name: str, data_dir: Path) -> Any:
+  """The catalogue's builder of a text, with reading the file replaced, which needs TensorFlow.
+
+  It writes what the unmodified builder would, which can read it: each split as one example.
+  """
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import registered
+
+  stock: Any = tfds.builder_cls(name)
+  with registered.skip_registration():
+
+    class OneFile(stock):
+      name = stock.name
+      pkg_dir_path = stock.pkg_dir_path  # where the description and the citation stand
+      url_infos = stock.url_infos  # the registered check sums
+
+      def _split_generators(self, dl_manager):
+        (url,) = self.url_infos
+        text = Path(dl_manager.download(url)).read_text("utf-8")
+        return {
+          split: self._generate_examples(split, part) for split, part in zip(_TEXT_SPLITS, _cut(text), strict=True)
+        }
+
+  return OneFile(data_dir=data_dir, file_format="array_record")
+
+
+def _open(name: str, directory: Path) -> Any:
+  """The builder of a prepared set."""
   import tensorflow_datasets as tfds
 
   builder: Any = tfds.builder_from_directory(directory)
@@ -305,6 +419,19 @@ def _decode(name: str, directory: Path) -> dict[str, np.ndarray]:
       f"dataset={name!r} in {directory} is in {file_format} format, which needs TensorFlow; prepare it again with "
       "file_format='array_record'"
     )
+  return builder
+
+
+def _decode_text(name: str, directory: Path) -> dict[str, np.ndarray]:
+  """Reads the splits of a prepared text, as their UTF-8 bytes."""
+  builder = _open(name, directory)
+  texts = {split: builder.as_data_source(split)[0]["text"] for split in _TEXT_SPLITS}
+  return {split: np.frombuffer(text, np.uint8) for split, text in texts.items()}
+
+
+def _decode_images(name: str, directory: Path) -> dict[str, np.ndarray]:
+  """Reads all examples of a prepared set of images."""
+  builder = _open(name, directory)
   features, splits = builder.info.features, builder.info.splits
   test = "test" if "test" in splits else "validation"
   if not {"image", "label"} <= set(features) or not {"train", test} <= set(splits):
@@ -344,12 +471,12 @@ def _without_advice() -> Iterator[None]:
     logger.removeFilter(keep)
 
 
-def _read_cache(directory: Path) -> dict[str, np.ndarray] | None:
+def _read_cache(directory: Path, names: tuple[str, ...]) -> dict[str, np.ndarray] | None:
   """The decoded set; None where there is none that can be read whole (the archive has check sums)."""
   try:
     # np.load of a path would leave the file open where it is no archive.
     with (directory / _CACHE).open("rb") as file, np.load(file, allow_pickle=False) as cache:
-      return {key: cache[key] for key in (*_ARRAYS, "num_classes")}
+      return {name: cache[name] for name in names}
   except FileNotFoundError:
     return None
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

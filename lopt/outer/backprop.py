@@ -1,0 +1,178 @@
+"""Backpropagation through time: through whole episodes, and truncated (the biased comparison).
+
+P. J. Werbos, "Backpropagation through time: what it does and how to do it", 1990; truncated: R. J. Williams, J. Peng,
+"An efficient gradient-based algorithm for on-line training of recurrent network trajectories", 1990. Memory:
+A. Griewank, "Achieving logarithmic growth of temporal and spatial complexity in reverse automatic differentiation",
+1992; T. Chen et al., "Training deep nets with sublinear memory cost", 2016.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int, Key
+
+from lopt import base, checks
+from lopt.outer import unrolls
+
+
+class FullState(NamedTuple):
+  """Whole episodes begin afresh each time."""
+
+  index: Int[Array, " N"]  # a run's number among all runs, from which its random numbers derive
+  mean_horizon: Float[Array, " N"]  # E[T], the same for every run
+
+
+class TruncatedState(NamedTuple):
+  """N inner runs under θ."""
+
+  index: Int[Array, " N"]  # a run's number among all runs, from which its random numbers derive
+  episodes: unrolls.Episodes  # state leaves are [N, 1, ...]
+
+
+def build(
+  problem: base.UnrolledProblem,
+  *,
+  num_runs: int = 32,
+  unroll_length: int | None = 20,
+  max_horizon: int | None = None,
+  stagger: bool = True,
+  runs_per_block: int = 1,
+) -> base.GradientEstimator:
+  """Backpropagation through time.
+
+  Truncated (`unroll_length=K`, TBPTT): runs continue from window to window, and derivatives stop at its beginning,
+
+      ĝ = 1/N Σ_i ∇_θ Σ_{t in window} L_t(s_start, θ) / K,   s_start constant,
+
+  which leaves out how θ shaped the state that the window began with, and so is biased whenever K < T.
+
+  Full (`unroll_length=None`, `max_horizon=T_max`): every estimate differentiates whole episodes,
+
+      ĝ = 1/N Σ_i ∇_θ Σ_t L_t / E[T],
+
+  unbiased. Of T_max steps only about 2√T_max have to be kept in memory: an episode is cut into √T_max segments, whose
+  inner steps are computed a second time on the way back.
+
+  A run with a capped loss and a gradient that is not finite contributes 0, and is counted in the metric `diverged`.
+
+  Args:
+    problem: What is unrolled; its step must be differentiable.
+    num_runs: N, inner runs, each with random numbers of its own.
+    unroll_length: K, inner steps between two estimates; None for whole episodes.
+    max_horizon: T_max, of whole episodes only: the longest horizon that the problem draws.
+    stagger: Truncated only: whether runs are spread over the ages of an episode, or run in lockstep.
+    runs_per_block: Runs that advance together. Few keep the working set in the cache, which pays on CPUs; an
+      accelerator wants many.
+
+  Raises:
+    ValueError: For counts below 1, not exactly one of `unroll_length` and `max_horizon`, or (where horizons can be
+      drawn while building) horizons longer than `max_horizon`. Where that is only met later, the gradient is NaN.
+  """
+  checks.counts(num_runs=num_runs, runs_per_block=runs_per_block)
+  if (unroll_length is None) == (max_horizon is None):
+    raise ValueError(
+      "unroll_length: give it alone (truncated), or None and max_horizon, the longest horizon (whole episodes), "
+      f"not {unroll_length} and max_horizon={max_horizon}"
+    )
+  if unroll_length is not None:
+    checks.counts(unroll_length=unroll_length)
+    return _truncated(problem, num_runs, unroll_length, stagger, runs_per_block)
+  assert max_horizon is not None
+  checks.counts(max_horizon=max_horizon)
+  longest = jnp.max(jax.vmap(problem.horizon)(jax.random.split(jax.random.key(0), unrolls.HORIZON_SAMPLES)))
+  if not isinstance(longest, Tracer) and longest > max_horizon:
+    raise ValueError(f"max_horizon: the problem draws horizons of {longest} and more, longer than {max_horizon}")
+  return _full(problem, num_runs, max_horizon, runs_per_block)
+
+
+def _truncated(
+  problem: base.UnrolledProblem, num_runs: int, unroll_length: int, stagger: bool, runs_per_block: int
+) -> base.GradientEstimator:
+  def init(key: base.PRNGKey, theta: base.Theta) -> TruncatedState:
+    del theta
+    index = jnp.arange(num_runs)
+    return TruncatedState(index, unrolls.before_first(problem, key, index, particles=(1,), stagger=stagger))
+
+  def estimate(
+    key: base.PRNGKey, theta: base.Theta, state: TruncatedState
+  ) -> tuple[base.Theta, TruncatedState, base.Metrics]:
+    flat, unravel = unrolls.ravel(theta)
+
+    def advance_block(state: TruncatedState) -> tuple[TruncatedState, Float[Array, "N P"], unrolls.Losses]:
+      keys = jax.vmap(jax.random.split)(unrolls.group_keys(key, state.index))[:, 1]
+      episodes, losses, gradients_of = unrolls.differentiate_window(
+        problem, flat, unravel, state.episodes, keys, unroll_length
+      )
+      return TruncatedState(state.index, episodes), gradients_of(1.0, 1.0) / unroll_length, losses
+
+    state, gradients, losses = unrolls.in_blocks(advance_block, runs_per_block, state)
+    return unravel(jnp.mean(gradients, axis=0)), state, unrolls.metrics(gradients, losses, unroll_length)
+
+  return base.GradientEstimator(init, estimate)
+
+
+def _full(
+  problem: base.UnrolledProblem, num_runs: int, max_horizon: int, runs_per_block: int
+) -> base.GradientEstimator:
+  def init(key: base.PRNGKey, theta: base.Theta) -> FullState:
+    del theta
+    return FullState(jnp.arange(num_runs), jnp.full(num_runs, unrolls.mean_horizon(problem, key)))
+
+  def estimate(key: base.PRNGKey, theta: base.Theta, state: FullState) -> tuple[base.Theta, FullState, base.Metrics]:
+    flat, unravel = unrolls.ravel(theta)
+
+    def differentiate_block(index: Int[Array, " N"]) -> tuple[Float[Array, "N P"], unrolls.Losses]:
+      keys = jax.vmap(jax.random.split)(unrolls.group_keys(key, index))[:, 1]
+
+      def total(thetas: Float[Array, "N 1 P"]) -> tuple[base.Scalar, unrolls.Losses]:
+        losses = _unroll_episode(problem, thetas, unravel, keys, max_horizon)
+        return jnp.sum(losses.first), losses
+
+      thetas = jnp.broadcast_to(flat, (len(index), 1, flat.size))
+      gradients, losses = jax.grad(total, has_aux=True)(thetas)
+      return unrolls.without_capped(gradients[:, 0], losses.diverged[:, 0]), losses
+
+    gradients, losses = unrolls.in_blocks(differentiate_block, runs_per_block, state.index)
+    gradients /= state.mean_horizon[0]
+    metrics = unrolls.metrics(gradients, losses, state.mean_horizon[0])
+    return unravel(jnp.mean(gradients, axis=0)), state, metrics
+
+  return base.GradientEstimator(init, estimate)
+
+
+def _unroll_episode(
+  problem: base.UnrolledProblem,
+  thetas: Float[Array, "N 1 P"],
+  unravel: unrolls.Unravel,
+  keys: Key[Array, " N"],
+  max_horizon: int,
+) -> unrolls.Losses:
+  """`unrolls.unroll_episode`, same keys, in a form that reverse mode can go back through: √T_max segments."""
+  runs = keys.shape[0]
+  state, horizon = unrolls.begin(problem, unrolls.split_step_keys(keys, 0)[:, 0], 1)
+  length = math.isqrt(max_horizon - 1) + 1
+
+  def step(carry, t):
+    running = t < horizon
+
+    def advance(carry):
+      state, total, diverged = carry
+      step_keys = unrolls.split_step_keys(keys, t)[:, 1]
+      new, loss, diverged_now = unrolls.advance(problem, thetas, unravel, state, step_keys)
+      # A run that has ended stays where it is: beyond, its state might overflow, and reverse mode make NaN of it.
+      state = unrolls.where_group(running, new, state)
+      return state, total + jnp.where(running[:, None], loss, 0.0), diverged | (diverged_now & running[:, None])
+
+    return jax.lax.cond(jnp.any(running), advance, lambda carry: carry, carry), None
+
+  def segment(carry, first):
+    return jax.lax.scan(step, carry, first + jnp.arange(length))
+
+  start = (state, jnp.zeros((runs, 1), thetas.dtype), jnp.zeros((runs, 1), bool))
+  segments = length * jnp.arange(math.ceil(max_horizon / length))
+  (_, total, diverged), _ = jax.lax.scan(jax.checkpoint(segment, prevent_cse=False), start, segments)
+  total *= jnp.where(horizon > max_horizon, jnp.nan, 1.0)[:, None]
+  return unrolls.Losses(total, jnp.zeros_like(total), horizon, jnp.zeros(runs, bool), diverged)
