@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lopt import base
-from lopt.outer import es, pes
+from lopt.outer import backprop, es, forward, pes
 
 A = jnp.array([[0.8, 0.3], [-0.2, 0.9]])
 B = jnp.array([[1.0, 0.5, 0.0], [0.0, -0.5, 1.0]])
@@ -90,26 +90,65 @@ def assert_unbiased(means, exact):
 
 
 HORIZONS = [(1, 1), (7, 7), (10, 10), (1, 10), (3, 13)]
+UNROLLS = [1, 3, 5, 10, 16]
+STAGGER = pytest.mark.parametrize("stagger", [False, True], ids=["lockstep", "staggered"])
 
 
-@pytest.mark.parametrize("stagger", [False, True], ids=["lockstep", "staggered"])
-@pytest.mark.parametrize("unroll_length", [1, 3, 5, 10, 16])
-def test_pes_is_unbiased(unroll_length, stagger):
-  build = partial(
-    pes.build,
-    num_pairs=PAIRS,
-    sigma=SIGMA,
-    unroll_length=unroll_length,
-    stagger=stagger,
-    pairs_per_block=PAIRS,
-  )
+def pes_with(noise_windows=1, **options):
+  def build(problem, unroll_length, stagger):
+    return pes.build(
+      problem,
+      num_pairs=PAIRS,
+      sigma=SIGMA,
+      unroll_length=unroll_length,
+      noise_period=noise_windows * unroll_length,
+      stagger=stagger,
+      pairs_per_block=PAIRS,
+      **options,
+    )
+
+  return build
+
+
+def forward_with(method):
+  def build(problem, unroll_length, stagger):
+    return forward.build(
+      problem, method=method, num_runs=PAIRS, unroll_length=unroll_length, stagger=stagger, runs_per_block=PAIRS
+    )
+
+  return build
+
+
+ONLINE = {
+  "pes": pes_with(),
+  "gpes": pes_with(noise_windows=2),
+  "nres": pes_with(noise_windows=13),  # the longest horizon, whatever the unroll length
+  "pes+analytic": pes_with(analytic=True),
+  "rtrl": forward_with("rtrl"),
+  "uoro": forward_with("uoro"),
+}
+
+
+def full_es(problem):
+  return es.build(problem, num_pairs=PAIRS, sigma=SIGMA, pairs_per_block=PAIRS)
+
+
+def full_bptt(problem):
+  return backprop.build(problem, num_runs=PAIRS, unroll_length=None, max_horizon=13, runs_per_block=PAIRS)
+
+
+@STAGGER
+@pytest.mark.parametrize("unroll_length", UNROLLS)
+@pytest.mark.parametrize("name", ONLINE)
+def test_online_estimators_are_unbiased(name, unroll_length, stagger):
+  build = partial(ONLINE[name], unroll_length=unroll_length, stagger=stagger)
   for minimum, maximum in HORIZONS:
     means, _ = replicated_means(build, minimum, maximum, BURN_IN + WINDOWS)
     assert_unbiased(np.asarray(means), exact_gradient(minimum, maximum))
 
 
-@pytest.mark.parametrize(("minimum", "maximum"), HORIZONS)
-def test_full_es_is_unbiased(minimum, maximum):
-  build = partial(es.build, num_pairs=PAIRS, sigma=SIGMA, pairs_per_block=PAIRS)
-  means, _ = replicated_means(build, minimum, maximum, WINDOWS)
-  assert_unbiased(np.asarray(means), exact_gradient(minimum, maximum))
+@pytest.mark.parametrize("build", [full_es, full_bptt])
+def test_estimators_of_whole_episodes_are_unbiased(build):
+  for minimum, maximum in HORIZONS:
+    means, _ = replicated_means(build, minimum, maximum, WINDOWS)
+    assert_unbiased(np.asarray(means), exact_gradient(minimum, maximum))
