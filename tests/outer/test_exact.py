@@ -85,6 +85,27 @@ def test_rtrl_over_whole_cycles_is_exact(horizon, unroll_length, stagger):
   np.testing.assert_allclose(gradients[16:].mean(axis=0), exact_sum(horizon) / horizon, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("unroll_length", [1, 3])
+def test_uoro_has_the_mean_of_rtrl(unroll_length):
+  """The mean over 21 steps, three episodes, is within 4 standard errors of the exact gradient."""
+  estimator = forward.build(
+    problem(7, 7), method="uoro", num_runs=64, unroll_length=unroll_length, stagger=False, runs_per_block=64
+  )
+
+  @jax.jit
+  @jax.vmap
+  def mean_of_episodes(key):
+    keys = jax.random.split(key, 21 // unroll_length)
+    state = estimator.init(key, theta())
+    _, gradients = jax.lax.scan(lambda state, key: estimator.estimate(key, theta(), state)[1::-1], state, keys)
+    return jnp.concatenate([g.reshape(len(keys), -1) for g in jax.tree.leaves(gradients)], axis=1).mean(axis=0)
+
+  means, exact = np.asarray(mean_of_episodes(jax.random.split(jax.random.key(3), 64))), exact_sum(7) / 7
+  error = np.std(means, axis=0, ddof=1) / np.sqrt(len(means))
+  assert np.linalg.norm(error) < 0.02 * np.linalg.norm(exact)
+  assert np.all(np.abs(means.mean(axis=0) - exact) < 4 * error)
+
+
 @pytest.mark.parametrize(("minimum", "maximum"), [(1, 1), (7, 7), (10, 10), (1, 10), (3, 13)])
 @pytest.mark.parametrize("max_horizon", [13, 40])
 def test_full_backpropagation_is_exact(minimum, maximum, max_horizon):
