@@ -3,12 +3,13 @@
 PYTHON ?= python3
 CONFIG ?= experiments/configs/digits.py
 WORKDIR ?= runs/digits
+SCALE ?= quick
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE := --universal --fork-strategy fewest --python-version 3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help meta-train evaluate test check format requirements clean
+.PHONY: help meta-train evaluate paper test check format requirements clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -18,6 +19,9 @@ meta-train: .venv/runtime  ## meta-train an optimizer on digits (or CONFIG=..., 
 
 evaluate: .venv/runtime  ## compare the optimizer trained in WORKDIR with tuned baselines on held-out tasks
 	$(BIN)/python experiments/evaluate.py --optimizer=$(WORKDIR)
+
+paper: .venv/runtime  ## run the eight experiments of the PES paper (SCALE=full: its sizes) into runs/paper/index.html
+	$(BIN)/python experiments/paper/run_all.py --scale=$(SCALE)
 
 test: .venv/dev  ## run the tests
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
@@ -34,6 +38,7 @@ format: .venv/dev  ## format, and fix what lint can fix
 requirements:  ## pin the newest versions that pyproject.toml allows (needs uv)
 	uv pip compile --quiet --upgrade $(COMPILE) pyproject.toml -o requirements.txt
 	uv pip compile --quiet --upgrade $(COMPILE) --extra dev -c requirements.txt pyproject.toml -o requirements-dev.txt
+	uv pip compile --quiet --upgrade $(COMPILE) --extra paper -c requirements-dev.txt pyproject.toml -o requirements-paper.txt
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache *.egg-info

@@ -31,7 +31,7 @@ from lopt import (
   tracking,
   trained,
 )
-from lopt.outer import meta_training, parallel
+from lopt.outer import final_loss, meta_training, parallel
 
 CONFIG = configuration.define_flag("config", str(Path(__file__).parent / "configs" / "digits.py"), "What to run.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Where the run is kept, and continued from.")
@@ -64,6 +64,7 @@ def build(
   num_outer_steps: int,
   log_every: int,
   meta_loss: Literal["train", "validation"],
+  objective: Literal["mean_loss", "final_loss"],
   architecture: Section,
   task: Section,
   horizon: Section,
@@ -97,6 +98,7 @@ def build(
   optimizer = configuration.build("architectures", architecture, where="config.architecture")
   family = configuration.build("tasks", task, where="config.task")
   problem = inner_training.build(family, optimizer, horizon=horizons, meta_loss=meta_loss)
+  problem = final_loss.wrap(problem) if objective == "final_loss" else problem
   gradients = configuration.build("outer", estimator, problem, where="config.estimator")
   trainer = meta_training.build(gradients, optimizer.init, updates, seed=seed, steps_per_call=log_every)
   return Experiment(family, optimizer, trainer, seed, num_outer_steps, **sections)

@@ -29,6 +29,7 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.seed = 0  # the only source of randomness
   config.num_outer_steps = 1_600  # updates of θ
   config.meta_loss = "train"  # what the optimizer is to make small: the loss on 'train' or 'validation' batches
+  config.objective = "mean_loss"  # of all inner steps, or 'final_loss'
 
   config.horizon = ml_collections.ConfigDict()  # inner steps of an episode, drawn log-uniformly for each
   config.horizon.minimum = 50

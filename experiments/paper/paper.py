@@ -46,7 +46,7 @@ COLORS = {
 }
 """One colour for one estimator, in every figure."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
   "axes.spines.top": False,
   "axes.spines.right": False,
   "axes.grid": True,
@@ -86,6 +86,7 @@ class Training(NamedTuple):
   meta_loss: Float[np.ndarray, "seeds R"]  # means over the outer steps between two records
   gradient: base.Theta  # leaves [seeds, R, ...]: means of the meta-gradient over the same steps
   inner_steps: Float[np.ndarray, "seeds R"]  # taken so far by all particles together
+  metrics: Mapping[str, Float[np.ndarray, "seeds R"]]  # all that the estimator reports, means over the same steps
 
 
 def train(
@@ -131,14 +132,10 @@ def train(
       gradient, particles, metrics = estimator.estimate(jax.random.fold_in(key, first + i), theta, particles)
       updates, optimizer_state = optimizer.update(gradient, optimizer_state, theta)
       carry = optax.apply_updates(theta, updates), optimizer_state, particles
-      return carry, (gradient, metrics["meta_loss"], metrics["inner_steps"])
+      return carry, (gradient, metrics)
 
-    carry, (gradients, losses, steps) = jax.lax.scan(
-      outer_step, (theta, optimizer_state, particles), jnp.arange(steps_per_record)
-    )
-    gradient = jax.tree.map(lambda x: jnp.mean(x, axis=0), gradients)
-    groups = jax.tree.leaves(particles)[0].shape[0]
-    return (key, *carry), (gradient, jnp.mean(losses), groups * jnp.sum(steps))
+    carry, records = jax.lax.scan(outer_step, (theta, optimizer_state, particles), jnp.arange(steps_per_record))
+    return (key, *carry), jax.tree.map(lambda x: jnp.mean(x, axis=0), records)
 
   runs = jax.jit(lambda keys: parallel.map_runs(start, None, keys))(jax.random.split(jax.random.key(seed), num_seeds))
   program = jax.jit(lambda first, runs: parallel.map_runs(advance, first, runs))
@@ -148,8 +145,10 @@ def train(
     records.append(jax.device_get(record))
     thetas.append(jax.device_get(runs[1]))
   stack = lambda trees: jax.tree.map(lambda *x: np.stack(x, axis=1), *trees)
-  gradient, meta_loss, inner_steps = stack(records)
-  return Training(stack(thetas), meta_loss, gradient, np.cumsum(inner_steps.astype(np.float64), axis=1))
+  gradient, metrics = stack(records)
+  groups = jax.tree.leaves(runs[3])[0].shape[1]  # of which the metrics are means
+  inner_steps = np.cumsum(groups * steps_per_record * metrics["inner_steps"].astype(np.float64), axis=1)
+  return Training(stack(thetas), metrics["meta_loss"], gradient, inner_steps, metrics)
 
 
 def band(axes: Axes, x: Any, values: Float[np.ndarray, "seeds n"], label: str, **style: Any) -> None:
@@ -160,15 +159,29 @@ def band(axes: Axes, x: Any, values: Float[np.ndarray, "seeds n"], label: str, *
 
 
 def mean_and_error(values: Any) -> str:
-  """`12.3 ± 0.4`: the mean of independent values and its standard error, to two digits of the error."""
+  """`12.34 ± 0.41` or `(3.4 ± 1.1)e-12`: the mean of independent values and its standard error, to two digits."""
   values = np.asarray(values, np.float64).ravel()
   if not np.all(np.isfinite(values)):
     return f"{np.mean(values):.4g}"
+  mean = np.mean(values)
   error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
-  if error == 0:
-    return f"{np.mean(values):.4g}"
+  if error <= 1e-4 * abs(mean):  # beyond the digits that are printed
+    return f"{mean:.4g}"
+  exponent = int(np.floor(np.log10(max(abs(mean), error))))
+  if not -4 <= exponent < 6:
+    return f"({mean_and_error(values / 10.0**exponent)})e{exponent}"
   digits = max(0, 1 - int(np.floor(np.log10(error))))
-  return f"{np.mean(values):.{digits}f} ± {error:.{digits}f}"
+  return f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def lower(a: Any, b: Any) -> bool:
+  """Whether the mean of `a` lies below that of `b` by more than 2 standard errors of the difference.
+
+  Both hold independent values, one a seed; at least two each.
+  """
+  a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
+  error = np.sqrt(np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b))
+  return bool(np.mean(b) - np.mean(a) > 2 * error)  # false for NaN
 
 
 def main(experiment: Experiment) -> None:
@@ -225,11 +238,13 @@ def write_page(workdir: Path) -> Path:
   ordered = sorted(results.items(), key=lambda item: item[1]["number"])
   summary = [
     f'<tr><td>{r["number"]}</td><td><a href="#{name}">{html.escape(r["title"])}</a></td>'
-    f"<td>{html.escape(r['verdict'])}</td><td>{_mark(r['holds'])}</td><td>{r['seconds']} s</td></tr>"
+    f"<td>{html.escape(r['verdict'])}</td><td>{_mark(r['holds'])}</td><td>{r['seconds']}&nbsp;s</td></tr>"
     for name, r in ordered
   ]
+  seen = sum(r["holds"] for _, r in ordered)
+  count = f"<p>{len(ordered)} experiments, {seen} of them as in the paper.</p>"
   head = "<tr><th></th><th>experiment</th><th>measured</th><th>as in the paper</th><th>time</th></tr>"
-  parts = [f"<table>{head}{''.join(summary)}</table>", *(_section(name, r) for name, r in ordered)]
+  parts = [count, f"<table>{head}{''.join(summary)}</table>", *(_section(name, r) for name, r in ordered)]
   path = workdir / "index.html"
   files.write_atomically(path, _PAGE.replace("CONTENT", "\n".join(parts)))
   return path
@@ -244,7 +259,7 @@ def _section(name: str, r: Mapping[str, Any]) -> str:
   scale = f"scale: {r['scale']}; {r['seconds']} s on {r['machine']}"
   return f"""<h2 id="{name}">{r["number"]}. {html.escape(r["title"])}</h2>
 <p><b>The paper says.</b> {html.escape(r["paper_says"])}</p>
-<p><b>Measured here.</b> {html.escape(r["verdict"])} ({_mark(r["holds"])}).</p>
+<p><b>Measured here.</b> {html.escape(r["verdict"])}. As in the paper: {_mark(r["holds"])}.</p>
 <img src="{name}/figure.png" alt="{html.escape(r["title"])}">
 <table><tr>{cells(header, "th")}</tr>{table}</table>
 {remarks}

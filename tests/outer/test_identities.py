@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lopt import base
-from lopt.outer import es, parallel, pes, unrolls
+from lopt.outer import backprop, es, final_loss, forward, parallel, pes, unrolls
 
 THETA = {"w": jnp.array([0.3, -0.2]), "b": jnp.float32(0.1)}
 
@@ -73,69 +73,131 @@ def test_truncated_es_advances_under_the_mean_theta():
     np.testing.assert_allclose(inner["x"], after_two.episodes.state["x"][pair], rtol=1e-5)
 
 
-def pes_reference(problem, key, theta, state, sigma, unroll_length):
-  """PES for one outer step, as one would write it down: a loop over pairs, signs and steps; NumPy sums."""
-  estimates, xis = [], []
-  flat, unravel = unrolls.ravel(theta)
-  for pair, index in enumerate(state.index):
-    noise_key, key_of_steps = jax.random.split(jax.random.fold_in(key, index))
-    epsilon = sigma * jax.random.normal(noise_key, flat.shape)
-    old, new = {}, {}
-    for sign in (0, 1):
-      inner = jax.tree.map(lambda x, pair=pair, sign=sign: x[pair, sign], state.episodes.state)
-      left, share = int(state.episodes.steps_left[pair]), float(state.episodes.next_share[pair])
-      old[sign], new[sign], restarted = 0.0, 0.0, False
-      for t in range(unroll_length):
-        begin_key, step_key = jax.random.split(jax.random.fold_in(key_of_steps, t))
-        if left == 0:
-          horizon_key, init_key = jax.random.split(begin_key)
-          horizon = problem.horizon(horizon_key)
-          inner = problem.init(init_key, horizon)
-          left, share, restarted = max(1, int(np.ceil(share * int(horizon)))), 1.0, True
-        perturbed = unravel(flat + (1 - 2 * sign) * epsilon)
-        inner, loss = problem.step(perturbed, inner, step_key)
-        left -= 1
-        (new if restarted else old)[sign] += float(loss)
-    xi = state.xi[pair] + epsilon
-    estimate = xi * (old[0] - old[1]) + epsilon * (new[0] - new[1])
-    estimates.append(np.asarray(estimate) / (2 * sigma**2 * unroll_length))
-    xis.append(epsilon if restarted else xi)
-  return np.mean(estimates, axis=0), np.stack(xis)
+class Reference:
+  """PES, and with noise that is kept for a period, as one would write it down: loops over pairs, signs and steps."""
+
+  def __init__(self, problem, theta, state, sigma, unroll_length, noise_period):
+    self.problem, self.sigma, self.unroll_length, self.noise_period = problem, sigma, unroll_length, noise_period
+    flat, self.unravel = unrolls.ravel(theta)
+    self.xi = np.zeros((len(state.index), flat.size))
+    self.epsilon = np.zeros_like(self.xi)
+    self.unrolled_with_it = [np.inf] * len(state.index)  # steps' worth of windows since ε was drawn
+
+  def estimate(self, key, theta, state):
+    """The gradient of one window that starts from the estimator's own state."""
+    estimates = []
+    flat, _ = unrolls.ravel(theta)
+    for pair, index in enumerate(state.index):
+      noise_key, key_of_steps = jax.random.split(jax.random.fold_in(key, index))
+      fresh = np.asarray(self.sigma * jax.random.normal(noise_key, flat.shape))
+      if self.unrolled_with_it[pair] >= self.noise_period:
+        self.epsilon[pair], self.unrolled_with_it[pair] = fresh, 0
+        self.xi[pair] += fresh
+      old, new = {}, {}
+      for sign in (0, 1):
+        inner = jax.tree.map(lambda x, pair=pair, sign=sign: x[pair, sign], state.episodes.state)
+        left, share = int(state.episodes.steps_left[pair]), float(state.episodes.next_share[pair])
+        old[sign], new[sign], restarted = 0.0, 0.0, False
+        for t in range(self.unroll_length):
+          begin_key, step_key = jax.random.split(jax.random.fold_in(key_of_steps, t))
+          if left == 0:
+            horizon_key, init_key = jax.random.split(begin_key)
+            horizon = self.problem.horizon(horizon_key)
+            inner = self.problem.init(init_key, horizon)
+            left, share, restarted = max(1, int(np.ceil(share * int(horizon)))), 1.0, True
+          perturbed = self.unravel(flat + (1 - 2 * sign) * (fresh if restarted else self.epsilon[pair]))
+          inner, loss = self.problem.step(perturbed, inner, step_key)
+          left -= 1
+          (new if restarted else old)[sign] += float(loss)
+      estimates.append(self.xi[pair] * (old[0] - old[1]) + fresh * (new[0] - new[1]))
+      if restarted:
+        self.xi[pair], self.epsilon[pair], self.unrolled_with_it[pair] = fresh, fresh, 0
+      self.unrolled_with_it[pair] += self.unroll_length
+    return np.mean(estimates, axis=0) / (2 * self.sigma**2 * self.unroll_length)
 
 
-@pytest.mark.parametrize("unroll_length", [1, 3, 5, 7, 12])
+@pytest.mark.parametrize("windows", [1, 2, 6], ids=["pes", "gpes", "nres"])
+@pytest.mark.parametrize("unroll_length", [1, 3, 5, 12])
 @pytest.mark.parametrize("stagger", [False, True])
-def test_pes_equals_a_plain_loop(unroll_length, stagger):
-  horizons = problem(2, 6)
-  estimator = pes.build(horizons, num_pairs=3, sigma=0.2, unroll_length=unroll_length, stagger=stagger)
+def test_pes_equals_a_plain_loop(unroll_length, stagger, windows):
+  horizons, period = problem(2, 6), windows * unroll_length
+  estimator = pes.build(
+    horizons, num_pairs=3, sigma=0.2, unroll_length=unroll_length, noise_period=period, stagger=stagger
+  )
   state = estimator.init(jax.random.key(0), THETA)
-  for i in range(5):
+  reference = Reference(horizons, THETA, state, 0.2, unroll_length, period)
+  estimate = jax.jit(estimator.estimate)
+  for i in range(7):
     key = jax.random.key(100 + i)
-    expected, expected_xi = pes_reference(horizons, key, THETA, state, 0.2, unroll_length)
-    gradient, state, _ = jax.jit(estimator.estimate)(key, THETA, state)
+    expected = reference.estimate(key, THETA, state)
+    gradient, state, _ = estimate(key, THETA, state)
     np.testing.assert_allclose(leaves(gradient), expected, rtol=2e-4, atol=1e-5)
-    np.testing.assert_allclose(state.xi, expected_xi, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(state.xi, reference.xi, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-  "build",
-  [
-    lambda **options: pes.build(problem(2, 9), num_pairs=8, sigma=0.1, unroll_length=4, **options),
-    lambda **options: es.build(problem(2, 9), num_pairs=8, sigma=0.1, unroll_length=4, **options),
-    lambda **options: es.build(problem(2, 9), num_pairs=8, sigma=0.1, **options),
-  ],
-  ids=["pes", "truncated es", "full es"],
-)
+def test_noise_kept_for_one_unroll_is_pes():
+  a = run(pes.build(problem(2, 9), num_pairs=4, unroll_length=4), 4)
+  b = run(pes.build(problem(2, 9), num_pairs=4, unroll_length=4, noise_period=4), 4)
+  for (x, _), (y, _) in zip(a, b, strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_noise_kept_for_an_episode_is_full_es_in_parts():
+  """One ε from beginning to end: the windows' estimates add up to ε (L⁺ - L⁻) / 2σ² of the whole episode."""
+  steady = problem(12, 12)._replace(
+    init=lambda key, num_steps: {"x": jnp.array([0.5, -1.0]), "left": num_steps},
+    step=lambda theta, state, key: problem().step(theta, state, jax.random.key(0)),
+  )
+  estimator = pes.build(steady, num_pairs=1, sigma=0.1, unroll_length=4, noise_period=12, stagger=False)
+  windows = run(estimator, 3)
+  flat, unravel = unrolls.ravel(THETA)
+  noise_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(10), 0))
+  epsilon = 0.1 * jax.random.normal(noise_key, flat.shape)
+  losses = []
+  for sign in (1, -1):
+    inner, total = steady.init(jax.random.key(0), jnp.int32(12)), 0.0
+    for _ in range(12):
+      inner, loss = steady.step(unravel(flat + sign * epsilon), inner, jax.random.key(0))
+      total += loss
+    losses.append(total)
+  expected = epsilon * (losses[0] - losses[1]) / (2 * 0.1**2)
+  np.testing.assert_allclose(4 * sum(g for g, _ in windows), expected, rtol=1e-4)
+
+
+RUNS = problem(2, 9)
+ESTIMATORS = {
+  "pes": lambda block=1: pes.build(RUNS, num_pairs=8, sigma=0.1, unroll_length=4, pairs_per_block=block),
+  "nres": lambda block=1: pes.build(
+    RUNS, num_pairs=8, sigma=0.1, unroll_length=4, noise_period=12, pairs_per_block=block
+  ),
+  "pes+analytic": lambda block=1: pes.build(
+    RUNS, num_pairs=8, sigma=0.1, unroll_length=4, analytic=True, pairs_per_block=block
+  ),
+  "truncated es": lambda block=1: es.build(RUNS, num_pairs=8, sigma=0.1, unroll_length=4, pairs_per_block=block),
+  "full es": lambda block=1: es.build(RUNS, num_pairs=8, sigma=0.1, pairs_per_block=block),
+  "truncated bptt": lambda block=1: backprop.build(RUNS, num_runs=8, unroll_length=4, runs_per_block=block),
+  "full bptt": lambda block=1: backprop.build(
+    RUNS, num_runs=8, unroll_length=None, max_horizon=9, runs_per_block=block
+  ),
+  "rtrl": lambda block=1: forward.build(RUNS, method="rtrl", num_runs=8, unroll_length=4, runs_per_block=block),
+  "uoro": lambda block=1: forward.build(RUNS, method="uoro", num_runs=8, unroll_length=4, runs_per_block=block),
+  "pes of the final loss": lambda block=1: pes.build(
+    final_loss.wrap(RUNS), num_pairs=8, sigma=0.1, unroll_length=4, pairs_per_block=block
+  ),
+}
+
+
+@pytest.mark.parametrize("build", ESTIMATORS.values(), ids=ESTIMATORS)
 class TestEveryEstimator:
   def test_blocks_do_not_matter(self, build):
-    whole = run(build(pairs_per_block=8), 4)
+    whole = run(build(8), 4)
     for size in (1, 3):
-      for (a, _), (b, _) in zip(whole, run(build(pairs_per_block=size), 4), strict=True):
+      for (a, _), (b, _) in zip(whole, run(build(size), 4), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
   @pytest.mark.parametrize("devices", [1, 2, 4])
   def test_devices_do_not_matter(self, build, devices):
-    estimator = build(pairs_per_block=2)
+    estimator = build(2)
     averaged = parallel.averaged(estimator)
     program = parallel.spread(
       lambda step, theta, state: averaged.estimate(jax.random.key(step), theta, state), devices
@@ -172,15 +234,35 @@ class TestEveryEstimator:
     assert len(traces) == 1
 
 
-def test_memory_does_not_grow_with_the_horizon():
-  def bytes_needed(horizon):
-    estimator = pes.build(problem(horizon, horizon), num_pairs=8, unroll_length=4)
-    state = estimator.init(jax.random.key(1), THETA)
-    memory = jax.jit(estimator.estimate).lower(jax.random.key(2), THETA, state).compile().memory_analysis()
-    assert memory is not None
-    return memory.temp_size_in_bytes + memory.output_size_in_bytes
+def bytes_needed(estimator):
+  state = estimator.init(jax.random.key(1), THETA)
+  memory = jax.jit(estimator.estimate).lower(jax.random.key(2), THETA, state).compile().memory_analysis()
+  assert memory is not None
+  return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
-  assert bytes_needed(100_000) == bytes_needed(10)
+
+@pytest.mark.parametrize(
+  "build",
+  [
+    lambda problem: pes.build(problem, num_pairs=8, unroll_length=4),
+    lambda problem: pes.build(problem, num_pairs=8, unroll_length=4, noise_period=200_000),
+    lambda problem: pes.build(problem, num_pairs=8, unroll_length=4, analytic=True),
+    lambda problem: backprop.build(problem, num_runs=8, unroll_length=4),
+    lambda problem: forward.build(problem, method="rtrl", num_runs=8, unroll_length=4),
+    lambda problem: forward.build(problem, method="uoro", num_runs=8, unroll_length=4),
+  ],
+  ids=["pes", "nres", "pes+analytic", "truncated bptt", "rtrl", "uoro"],
+)
+def test_memory_does_not_grow_with_the_horizon(build):
+  assert bytes_needed(build(problem(100_000, 100_000))) == bytes_needed(build(problem(10, 10)))
+
+
+def test_memory_of_full_backpropagation_grows_with_the_root_of_the_horizon():
+  small, large = (
+    bytes_needed(backprop.build(problem(n, n), num_runs=1, unroll_length=None, max_horizon=n))
+    for n in (10_000, 1_000_000)
+  )
+  assert large < 12 * small
 
 
 def test_diverged_runs_are_capped_and_counted():
@@ -206,6 +288,26 @@ def test_diverged_runs_are_capped_and_counted():
   np.testing.assert_allclose(gradient, 0.0, atol=1e-4)
 
 
+def test_gradients_of_capped_runs_are_zero_and_others_stay_nan():
+  """√x at 0 has no derivative; where its loss is above the cap it is a constant, else it has to show."""
+
+  def step(theta, state, key):
+    del key
+    return state, jnp.where(state, 1e30, 1.0) + jnp.sqrt(0.0 * theta)
+
+  for broken, expected in ((True, 0.0), (False, np.nan)):
+    init = lambda key, num_steps, broken=broken: jnp.array(broken)
+    runs = base.UnrolledProblem(lambda key: jnp.int32(4), init, step, loss_cap=7.0)
+    for estimator in (
+      backprop.build(runs, num_runs=2, unroll_length=2),
+      backprop.build(runs, num_runs=2, unroll_length=None, max_horizon=4),
+    ):
+      state = estimator.init(jax.random.key(0), jnp.ones(()))
+      gradient, _, metrics = estimator.estimate(jax.random.key(1), jnp.ones(()), state)
+      np.testing.assert_array_equal(gradient, expected)
+      assert metrics["diverged"] == float(broken)
+
+
 def test_staggered_pairs_are_at_every_age():
   """After the first episodes, ages are uniform over the horizon: mean and variance of U{0..T-1} within 5 errors."""
   horizon, pairs = 40, 4000
@@ -226,6 +328,18 @@ def test_staggered_pairs_are_at_every_age():
     (lambda: pes.build(problem(), num_pairs=0), "num_pairs: must be at least 1, not 0"),
     (lambda: pes.build(problem(), unroll_length=-1), "unroll_length: must be at least 1, not -1"),
     (lambda: pes.build(problem(), sigma=0.0), "sigma: must be above 0 and finite, not 0.0"),
+    (
+      lambda: pes.build(problem(), unroll_length=20, noise_period=50),
+      "noise_period: must be a multiple of unroll_length=20, such as 60, not 50",
+    ),
+    (
+      lambda: pes.build(problem(), unroll_length=20, noise_period=40, analytic=True),
+      "noise_period: must be unroll_length=20 where analytic is set, not 40",
+    ),
+    (lambda: backprop.build(problem(), unroll_length=None), "unroll_length: give it alone"),
+    (lambda: backprop.build(problem(), unroll_length=5, max_horizon=9), "unroll_length: give it alone"),
+    (lambda: backprop.build(problem(), num_runs=0), "num_runs: must be at least 1, not 0"),
+    (lambda: forward.build(problem(), runs_per_block=0), "runs_per_block: must be at least 1, not 0"),
     (lambda: es.build(problem(), unroll_length=0), "unroll_length: must be at least 1, not 0"),
     (lambda: es.build(problem(), pairs_per_block=0), "pairs_per_block: must be at least 1, not 0"),
   ],

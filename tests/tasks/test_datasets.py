@@ -227,6 +227,56 @@ def test_a_prepared_set_that_is_no_image_classification(tmp_path):
     datasets.load("words", data_dir=tmp_path)
 
 
+@pytest.fixture
+def small_shakespeare(tmp_path, monkeypatch):
+  """Makes tiny_shakespeare a text of 1,003 characters, some of them of several bytes."""
+  import tensorflow_datasets as tfds
+
+  text = "".join(np.random.default_rng(0).choice(list("ab Zß€\n"), 1003))
+  path = tmp_path / "originals" / "tiny_shakespeare" / "input.txt"
+  path.parent.mkdir(parents=True)
+  path.write_bytes(text.encode())
+  stock: Any = tfds.builder_cls("tiny_shakespeare")
+  (url,) = stock.url_infos
+  digest = hashlib.sha256(path.read_bytes()).hexdigest()
+  info = dataclasses.replace(stock.url_infos[url], size=path.stat().st_size, checksum=digest)
+  monkeypatch.setattr(stock, "url_infos", {url: info})
+  monkeypatch.setenv("LOPT_MANUAL_DIR", str(tmp_path / "originals"))
+  return text
+
+
+def characters(text):
+  return ["".join(text.alphabet[i] for i in np.asarray(part)) for part in text[:3]]
+
+
+def test_a_text_in_the_catalogues_splits(small_shakespeare, tmp_path):
+  import tensorflow_datasets as tfds
+
+  data_dir = tmp_path / "data"
+  text = datasets.load_text("tiny_shakespeare", data_dir=data_dir)
+  assert text.alphabet == "\n Zabß€"
+  assert "".join(characters(text)) == small_shakespeare
+  assert [len(part) for part in text[:3]] == [902, 50, 51]  # ⌊0.9 · 1003⌋, and half of the rest, rounded down
+  stock: Any = tfds.builder("tiny_shakespeare", data_dir=data_dir, file_format="array_record")
+  assert type(stock).__module__.startswith("tensorflow_datasets.datasets.tiny_shakespeare")
+  written = [stock.as_data_source(split)[0]["text"].decode() for split in ("train", "validation", "test")]
+  assert written == characters(text)
+  for path in data_dir.glob("*/*/*array_record*"):
+    path.unlink()
+  again = datasets.load_text("tiny_shakespeare", data_dir=data_dir)
+  assert (characters(again), again.alphabet) == (characters(text), text.alphabet)
+  own = datasets.read_text(tmp_path / "originals" / "tiny_shakespeare" / "input.txt")
+  assert (characters(own), own.alphabet) == (characters(text), text.alphabet)
+
+
+@pytest.mark.skipif(MANUAL_DIR is None, reason="LOPT_MANUAL_DIR is not set to a folder with the original files")
+def test_the_original_text(data_dir):
+  assert MANUAL_DIR is not None
+  text = datasets.load_text("tiny_shakespeare", data_dir=data_dir)
+  assert "".join(characters(text)) == Path(MANUAL_DIR, "tiny_shakespeare", "input.txt").read_text("utf-8")
+  assert len(text.alphabet) == 65
+
+
 def test_the_second_start_imports_neither_tfds_nor_tensorflow(digits_dir):
   code = "import sys; from lopt.tasks import datasets; datasets.load('digits', data_dir=sys.argv[1]);"
   code += "print([m for m in ('tensorflow', 'tensorflow_datasets', 'sklearn') if m in sys.modules])"
@@ -425,6 +475,32 @@ def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch):
     datasets.load("digits", data_dir=tmp_path)
   assert str(tmp_path) in one_line(error_info)
   assert not list(tmp_path.iterdir())
+
+
+def test_a_corrupt_original_text(small_shakespeare, tmp_path):
+  corrupt = tmp_path / "originals" / "tiny_shakespeare" / "input.txt"
+  corrupt.write_text(small_shakespeare.replace("Z", "z"), "utf-8")
+  with pytest.raises(OSError, match="corrupt") as error_info:
+    datasets.load_text("tiny_shakespeare", data_dir=tmp_path / "data")
+  assert str(corrupt) in one_line(error_info)
+
+
+def test_images_and_texts_are_told_apart(tmp_path):
+  with pytest.raises(ValueError, match=r"'tiny_shakespeare' is a text.*there are: digits"):
+    datasets.load("tiny_shakespeare", data_dir=tmp_path)
+  with pytest.raises(ValueError, match=r"'mnist' is no text.*there are: tiny_shakespeare"):
+    datasets.load_text("mnist", data_dir=tmp_path)
+
+
+def test_texts_that_cannot_be_read(tmp_path):
+  with pytest.raises(FileNotFoundError, match="no_such_file"):
+    datasets.read_text(tmp_path / "no_such_file")
+  (tmp_path / "latin").write_bytes("Straße und Weg, noch und noch".encode("latin-1"))
+  with pytest.raises(ValueError, match=r"latin: is not UTF-8 text .* at byte 4"):
+    datasets.read_text(tmp_path / "latin")
+  (tmp_path / "short").write_text("short")
+  with pytest.raises(ValueError, match="short: has 5 characters"):
+    datasets.read_text(tmp_path / "short")
 
 
 @pytest.mark.parametrize("resolution", [0, -8])

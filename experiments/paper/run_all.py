@@ -1,0 +1,87 @@
+"""Runs all experiments of the PES paper, one after the other, and says which of its findings were seen.
+
+    python experiments/paper/run_all.py
+    python experiments/paper/run_all.py --scale=full --workdir=runs/paper-full
+
+Each script runs in a process of its own; one that fails does not stop the others. At the end stand the verdicts and
+the path of the page with all figures, <workdir>/index.html. Exits with 1 unless every finding was seen.
+
+Time on 2 CPU cores: about 20 minutes; with --scale=full, days.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import app, flags
+
+SCRIPTS = (
+  "influence_balancing",
+  "toy_regression",
+  "lstm_variance",
+  "mnist_schedule",
+  "hyperparameters",
+  "swimmer",
+  "yacht",
+  "learned_optimizer",
+)
+"""In the order of the experiments' numbers."""
+
+
+class Outcome(NamedTuple):
+  """What became of a script."""
+
+  name: str
+  status: str  # 'yes', 'NO' or 'FAILED'
+  verdict: str
+  seconds: float
+
+
+def run_script(path: Path, scale: str, workdir: Path) -> Outcome:
+  """Runs one script, its output on ours; what it found is what it wrote into <workdir>/<name>/result.json."""
+  record = workdir / path.stem / "result.json"
+  before = record.stat().st_mtime_ns if record.exists() else None
+  begun = time.perf_counter()
+  code = subprocess.run([sys.executable, str(path), f"--scale={scale}", f"--workdir={workdir}"]).returncode
+  seconds = time.perf_counter() - begun
+  # A crash has the exit status of a finding that was not seen, but leaves no new record.
+  if code not in (0, 1) or not record.exists() or record.stat().st_mtime_ns == before:
+    return Outcome(path.stem, "FAILED", f"exit status {code}", seconds)
+  result = json.loads(record.read_text("utf-8"))
+  return Outcome(path.stem, "yes" if result["holds"] else "NO", result["verdict"], seconds)
+
+
+def summary(outcomes: list[Outcome]) -> str:
+  """A line for each script."""
+  width = max(len(x.name) for x in outcomes)
+  head = f"{'experiment':{width}}  as in the paper"
+  lines = [f"{x.name:{width}}  {x.status:6}  {x.seconds:5.0f} s  {x.verdict}" for x in outcomes]
+  return "\n".join([head, *lines])
+
+
+def run_all(folder: Path, scale: str, workdir: Path) -> int:
+  """Runs every script of `folder`, prints the summary, and returns the exit status."""
+  outcomes = []
+  for i, name in enumerate(SCRIPTS, start=1):
+    print(f"\n[{i}/{len(SCRIPTS)}] {name}", flush=True)
+    outcomes.append(run_script(folder / f"{name}.py", scale, workdir))
+  print(f"\n{summary(outcomes)}\n\nPage: {workdir / 'index.html'}")
+  return 0 if all(x.status == "yes" for x in outcomes) else 1
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument: {argv[1]}")
+  sys.exit(run_all(Path(argv[0]).parent, flags.FLAGS.scale, Path(flags.FLAGS.workdir)))
+
+
+if __name__ == "__main__":
+  flags.DEFINE_enum("scale", "quick", ["quick", "full"], "Minutes on a laptop, or the paper's sizes.")
+  flags.DEFINE_string("workdir", "runs/paper", "Where results and the page with all of them are kept.")
+  try:
+    app.run(main)
+  except KeyboardInterrupt:
+    sys.exit(130)
