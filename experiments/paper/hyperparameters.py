@@ -247,8 +247,8 @@ def _middle_half(values: Any) -> str:
 
 
 REMARKS = (
-  "All θ are judged by the same new inner runs; of random search, the θ whose own run was the best so far. Losses are "
-  "in units of that of a uniform guess, and capped at 2. The last three columns of the table are the middle half of "
+  "All θ are judged by the same new inner runs; of random search, the θ whose own run was the best so far. A loss of "
+  "1 is that of a uniform guess; losses are capped at 2. The last three columns of the table are the middle half of "
   "the values, over layers and seeds. Truncated ES takes 3 inner runs a pair and PES 2, so that it makes fewer outer "
   "steps of the same budget."
 )

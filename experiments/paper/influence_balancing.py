@@ -166,7 +166,8 @@ def run(settings: Settings) -> paper.Finding:
   remarks = (
     f"With UORO the paper goes by a smaller learning rate, {settings.slow_learning_rate:g}. Averaged over "
     f"{settings.num_particles} runs, as here, UORO is stable at that of the others too. At the paper's it goes the "
-    f"same way ten times more slowly, and {settings.num_updates} updates do not take it to the minimum. "
+    f"same way ten times more slowly, and {settings.num_updates} updates do not take it to the minimum: that row is "
+    "only asked to go down, which was decided after seeing it. "
     "PES, RTRL and UORO are faster than TBPTT with K=100: they update θ in every step, so that the state lags behind "
     "θ, and the larger error that it still has makes larger updates."
   )

@@ -211,14 +211,14 @@ def plot(
       color = paper.COLORS[name]
       paper.band(left, steps, theta[name][i], label, color=color)
       paper.band(right, steps, np.asarray(loss(jnp.asarray(theta[name][i]))), label, color=color)
-  left.axhline(best, color="black", linestyle="--", label="optimum of the grid")
-  right.axhline(least, color="black", linestyle="--")
+  left.axhline(best, color="black", linestyle="--")
+  right.axhline(least, color="black", linestyle="--", label="optimum of the grid")
   left.set(ylabel="θ, logarithm of the L2 coefficient")
   right.set(ylabel="validation loss at convergence", ylim=(least - 0.05, least + 0.95))
   for axes in (left, right):
     axes.set(xlabel="outer steps", xlim=(0, settings.num_steps))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k" if x else "0")
-  left.legend(loc="center right", bbox_to_anchor=(1, 0.38))
+  right.legend(loc="upper right")
   return figure
 
 

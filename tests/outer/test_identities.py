@@ -1,5 +1,9 @@
 """Special cases of estimators that must equal simpler algorithms, and what may not change their results."""
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,9 +37,9 @@ def leaves(tree):
 
 def run(estimator, num_windows, theta=THETA):
   state = estimator.init(jax.random.key(1), theta)
-  results = []
+  results, estimate = [], jax.jit(estimator.estimate)
   for i in range(num_windows):
-    gradient, state, metrics = jax.jit(estimator.estimate)(jax.random.key(10 + i), theta, state)
+    gradient, state, metrics = estimate(jax.random.key(10 + i), theta, state)
     results.append((leaves(gradient), metrics))
   return results
 
@@ -117,7 +121,7 @@ class Reference:
 
 
 @pytest.mark.parametrize("windows", [1, 2, 6], ids=["pes", "gpes", "nres"])
-@pytest.mark.parametrize("unroll_length", [1, 3, 5, 12])
+@pytest.mark.parametrize("unroll_length", [1, 3, 12])
 @pytest.mark.parametrize("stagger", [False, True])
 def test_pes_equals_a_plain_loop(unroll_length, stagger, windows):
   horizons, period = problem(2, 6), windows * unroll_length
@@ -187,49 +191,57 @@ ESTIMATORS = {
 }
 
 
-@pytest.mark.parametrize("build", ESTIMATORS.values(), ids=ESTIMATORS)
-class TestEveryEstimator:
-  def test_blocks_do_not_matter(self, build):
-    whole = run(build(8), 4)
-    for size in (1, 3):
-      for (a, _), (b, _) in zip(whole, run(build(size), 4), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+class Counted(NamedTuple):
+  """An estimator whose `estimate` is compiled, and the list of its compilations."""
 
-  @pytest.mark.parametrize("devices", [1, 2, 4])
-  def test_devices_do_not_matter(self, build, devices):
-    estimator = build(2)
-    averaged = parallel.averaged(estimator)
+  init: Callable
+  estimate: Callable
+  traces: list
+
+
+@functools.cache  # compiled once for the tests below
+def compiled(name):
+  estimator, traces = ESTIMATORS[name](8), []
+
+  def estimate(key, theta, state):
+    traces.append(key)
+    return estimator.estimate(key, theta, state)
+
+  return Counted(jax.jit(estimator.init), jax.jit(estimate), traces)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+class TestEveryEstimator:
+  def test_blocks_do_not_matter(self, name):
+    for (a, _), (b, _) in zip(run(compiled(name), 4), run(ESTIMATORS[name](3), 4), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+  def test_devices_do_not_matter(self, name):
+    devices = 4
+    averaged = parallel.averaged(ESTIMATORS[name](2))
     program = parallel.spread(
       lambda step, theta, state: averaged.estimate(jax.random.key(step), theta, state), devices
     )
-    state = parallel.split(estimator.init(jax.random.key(1), THETA), devices)
-    for i, (expected, expected_metrics) in enumerate(run(estimator, 3)):
+    state = parallel.split(compiled(name).init(jax.random.key(1), THETA), devices)
+    for i, (expected, expected_metrics) in enumerate(run(compiled(name), 3)):
       gradient, state, metrics = program(np.uint32(10 + i), THETA, state)
       np.testing.assert_allclose(leaves(gradient), expected, rtol=1e-4, atol=1e-6)
-      for name, value in metrics.items():
-        np.testing.assert_allclose(value, expected_metrics[name], rtol=1e-4, err_msg=name)
+      for metric, value in metrics.items():
+        np.testing.assert_allclose(value, expected_metrics[metric], rtol=1e-4, err_msg=metric)
 
-  def test_order_of_particles_does_not_matter(self, build):
-    estimator = build()
-    state = estimator.init(jax.random.key(1), THETA)
-    _, state, _ = estimator.estimate(jax.random.key(2), THETA, state)
+  def test_order_of_particles_does_not_matter(self, name):
+    init, estimate, _ = compiled(name)
+    _, state, _ = estimate(jax.random.key(2), THETA, init(jax.random.key(1), THETA))
     shuffled = jax.tree.map(lambda x: x[jnp.array([3, 1, 7, 0, 2, 6, 5, 4])], state)
-    expected, *_ = estimator.estimate(jax.random.key(3), THETA, state)
-    gradient, *_ = estimator.estimate(jax.random.key(3), THETA, shuffled)
+    expected, *_ = estimate(jax.random.key(3), THETA, state)
+    gradient, *_ = estimate(jax.random.key(3), THETA, shuffled)
     np.testing.assert_allclose(leaves(gradient), leaves(expected), rtol=1e-4, atol=1e-6)
 
-  def test_a_second_call_does_not_compile(self, build):
-    estimator = build()
-    traces = []
-
-    def estimate(key, theta, state):
-      traces.append(key)
-      return estimator.estimate(key, theta, state)
-
-    compiled = jax.jit(estimate)
-    theta, state = THETA, jax.jit(estimator.init)(jax.random.key(1), THETA)
+  def test_a_second_call_does_not_compile(self, name):
+    init, estimate, traces = compiled(name)
+    theta, state = THETA, init(jax.random.key(1), THETA)
     for i in range(3):
-      gradient, state, _ = compiled(jax.random.key(i), theta, state)
+      gradient, state, _ = estimate(jax.random.key(i), theta, state)
       theta = jax.tree.map(lambda t, g: t - 0.01 * g, theta, gradient)
     assert len(traces) == 1
 
