@@ -82,7 +82,7 @@ def export(
     "architecture": json.dumps(plain["architecture"]),
     "config": json.dumps(plain),
   }
-  arrays = {name: np.ascontiguousarray(leaf) for name, leaf in _named_leaves(theta).items()}
+  arrays = {name: np.asarray(leaf, order="C") for name, leaf in _named_leaves(theta).items()}
   write_atomically(path, safetensors.numpy.save(arrays, header))
 
 

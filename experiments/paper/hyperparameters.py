@@ -54,6 +54,7 @@ class Settings(NamedTuple):
   num_records: int
   num_seeds: int
   num_runs: int  # inner runs by which θ is judged, which do not count
+  seed: int = 0
 
 
 QUICK = Settings(
@@ -188,6 +189,7 @@ def by_estimator(problem: base.UnrolledProblem, s: Settings, name: str) -> tuple
     num_steps=s.budget // steps_per_record * s.num_records,
     num_records=s.num_records,
     num_seeds=s.num_seeds,
+    seed=s.seed,
     label=name,
   )
   return training.theta, np.concatenate([[0], training.inner_steps[0]])
@@ -196,7 +198,7 @@ def by_estimator(problem: base.UnrolledProblem, s: Settings, name: str) -> tuple
 def by_random_search(problem: base.UnrolledProblem, s: Settings) -> tuple[base.Theta, Float[np.ndarray, " n"]]:
   """θ [seeds, n, ...], the best of those drawn so far by the loss of one run of each, and the inner steps taken."""
   num_candidates = s.budget // s.horizon
-  draw_key, run_key = jax.random.split(jax.random.key(2))
+  draw_key, run_key = jax.random.split(jax.random.fold_in(jax.random.key(2), s.seed))
   offsets = jax.random.uniform(draw_key, (s.num_seeds * num_candidates, NUM_META_PARAMETERS), minval=-1.0, maxval=1.0)
   candidates = at(offsets)
   losses = evaluate(problem, candidates, jax.random.split(run_key, len(offsets)))

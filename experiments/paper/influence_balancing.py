@@ -36,6 +36,7 @@ class Settings(NamedTuple):
   learning_rate: float = 1e-4  # plain SGD's
   slow_learning_rate: float = 1e-5  # the paper's for UORO
   evaluation_steps: int = 500
+  seed: int = 0
 
 
 class Method(NamedTuple):
@@ -134,6 +135,7 @@ def run(settings: Settings) -> paper.Finding:
       num_steps=settings.num_updates,
       num_records=settings.num_records,
       num_seeds=settings.num_seeds,
+      seed=settings.seed,
       label=name,
     )
     thetas[name] = np.asarray(training.theta)

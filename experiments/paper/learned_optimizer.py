@@ -49,6 +49,7 @@ class Settings(NamedTuple):
   records: int
   seeds: int
   evaluation_runs: int  # episodes for each θ
+  seed: int = 0
 
 
 QUICK = Settings(
@@ -164,6 +165,7 @@ def run(settings: Settings) -> paper.Finding:
       num_steps=settings.outer_steps,
       num_records=settings.records,
       num_seeds=settings.seeds,
+      seed=settings.seed,
       label=name,
     )
     thetas = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), trainings[name].theta)

@@ -50,6 +50,7 @@ class Settings(NamedTuple):
   num_seeds: int = 3  # of initial weights and places in the text
   repeats: int = 1  # of the estimate, for each K, scenario and seed
   truth_particles: int = 5000  # of the full ES that is taken for the true gradient
+  seed: int = 0
 
 
 class State(NamedTuple):
@@ -238,7 +239,7 @@ def measure(settings: Settings, text: datasets.Text) -> Variances:
   T, seeds, sigma = settings.num_characters, settings.num_seeds, settings.sigma
   net = network(len(text.alphabet), settings.size)
   read = functools.partial(reading, net, settings.size)
-  cases_key, truth_key, key = jax.random.split(jax.random.key(0), 3)
+  cases_key, truth_key, key = jax.random.split(jax.random.key(settings.seed), 3)
   cases = draw(cases_key, net, text, settings)
   per_seed = lambda x: x.reshape(-1, seeds)
 

@@ -50,6 +50,7 @@ class Settings(NamedTuple):
   grid_size: int  # of the map, in each direction
   grid_runs: int  # inner runs that a point of the map is the mean of
   final_runs: int  # inner runs by which each result is judged
+  seed: int = 0
 
 
 QUICK = Settings(
@@ -243,6 +244,7 @@ def train(
     num_steps=s.num_outer_steps,
     num_records=s.num_records,
     num_seeds=s.num_seeds,
+    seed=s.seed,
     label=f"{label}, {name}, K = {unroll_length}",
   )
   return np.exp(np.stack([training.theta["log_learning_rate"], training.theta["log_power"]], axis=-1))

@@ -40,12 +40,13 @@ class Outcome(NamedTuple):
   seconds: float
 
 
-def run_script(path: Path, scale: str, workdir: Path) -> Outcome:
+def run_script(path: Path, scale: str, workdir: Path, seed: int) -> Outcome:
   """Runs one script, its output on ours; what it found is what it wrote into <workdir>/<name>/result.json."""
   record = workdir / path.stem / "result.json"
   before = record.stat().st_mtime_ns if record.exists() else None
   begun = time.perf_counter()
-  code = subprocess.run([sys.executable, str(path), f"--scale={scale}", f"--workdir={workdir}"]).returncode
+  arguments = [f"--scale={scale}", f"--workdir={workdir}", f"--seed={seed}"]
+  code = subprocess.run([sys.executable, str(path), *arguments]).returncode
   seconds = time.perf_counter() - begun
   # A crash has the exit status of a finding that was not seen, but leaves no new record.
   if code not in (0, 1) or not record.exists() or record.stat().st_mtime_ns == before:
@@ -62,12 +63,12 @@ def summary(outcomes: list[Outcome]) -> str:
   return "\n".join([head, *lines])
 
 
-def run_all(folder: Path, scale: str, workdir: Path) -> int:
+def run_all(folder: Path, scale: str, workdir: Path, seed: int = 0) -> int:
   """Runs every script of `folder`, prints the summary, and returns the exit status."""
   outcomes = []
   for i, name in enumerate(SCRIPTS, start=1):
     print(f"\n[{i}/{len(SCRIPTS)}] {name}", flush=True)
-    outcomes.append(run_script(folder / f"{name}.py", scale, workdir))
+    outcomes.append(run_script(folder / f"{name}.py", scale, workdir, seed))
   print(f"\n{summary(outcomes)}\n\nPage: {workdir / 'index.html'}")
   return 0 if all(x.status == "yes" for x in outcomes) else 1
 
@@ -75,11 +76,12 @@ def run_all(folder: Path, scale: str, workdir: Path) -> int:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument: {argv[1]}")
-  sys.exit(run_all(Path(argv[0]).parent, flags.FLAGS.scale, Path(flags.FLAGS.workdir)))
+  sys.exit(run_all(Path(argv[0]).parent, flags.FLAGS.scale, Path(flags.FLAGS.workdir), flags.FLAGS.seed))
 
 
 if __name__ == "__main__":
   flags.DEFINE_enum("scale", "quick", ["quick", "full"], "Minutes on a laptop, or the paper's sizes.")
+  flags.DEFINE_integer("seed", 0, "Another number gives other runs.", lower_bound=0)
   flags.DEFINE_string("workdir", "runs/paper", "Where results and the page with all of them are kept.")
   try:
     app.run(main)

@@ -199,6 +199,7 @@ class Settings(NamedTuple):
   full_es: tuple[float, float] = (0.3, 0.3)  # σ and the learning rate of plain SGD
   pes: tuple[float, float] = (0.3, 0.1)
   truncated_es: tuple[float, float] = (0.1, 0.1)
+  seed: int = 0
 
 
 class Method(NamedTuple):
@@ -272,6 +273,7 @@ def run(settings: Settings) -> paper.Finding:
       num_steps=num_records * math.ceil(num_steps / num_records),
       num_records=num_records,
       num_seeds=settings.num_seeds,
+      seed=settings.seed,
       label=name,
     )
     measured = rewards(training.theta, settings.num_episodes)

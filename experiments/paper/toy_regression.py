@@ -43,6 +43,7 @@ class Settings(NamedTuple):
   learning_rate: float = 1e-2  # of the outer Adam, whose β₁ is 0.99
   start_spread: float = 0.5  # seeds start from within ± this around (-4, -4), so that all methods have several
   grid: int = 300  # points a side
+  seed: int = 0
 
 
 def inner_loss(x: Float[Array, "2"]) -> base.Scalar:
@@ -122,6 +123,7 @@ def run(settings: Settings) -> paper.Finding:
       num_steps=settings.num_outer_steps,
       num_records=settings.num_records,
       num_seeds=settings.num_seeds,
+      seed=settings.seed,
       label=name,
     )
     thetas[name] = np.asarray(training.theta)

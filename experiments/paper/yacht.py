@@ -50,6 +50,7 @@ class Settings(NamedTuple):
   outer_learning_rate: float = 3e-3  # of Adam
   num_steps: int = 37_500  # outer, and so inner ones: as far as the paper's figure goes
   num_seeds: int = 4
+  seed: int = 0
 
 
 class Data(NamedTuple):
@@ -147,7 +148,7 @@ def train(name: str, start: float, data: Data, settings: Settings) -> Float[np.n
     num_steps=settings.num_steps,
     num_records=RECORDS,
     num_seeds=settings.num_seeds,
-    seed=settings.starts.index(start),
+    seed=len(settings.starts) * settings.seed + settings.starts.index(start),
     label=f"{name} from {start:+g}",
   ).theta
 

@@ -54,10 +54,14 @@ def estimates(build, unroll_length, replicates):
   @jax.jit
   @jax.vmap
   def replicate(key):
-    theta, state = jnp.float32(THETA), estimator.init(key, jnp.float32(THETA))
-    gradients = []
+    theta = jnp.float32(THETA)
+
+    def window(state, key):
+      gradient, state, _ = estimator.estimate(key, theta, state)
+      return state, gradient
+
     keys = jax.random.split(key, WARM_UP // unroll_length + 1)
-    state, gradients = jax.lax.scan(lambda state, key: estimator.estimate(key, theta, state)[1::-1], state, keys)
+    _, gradients = jax.lax.scan(window, estimator.init(key, theta), keys)
     return gradients[-1]
 
   return np.asarray(replicate(jax.random.split(jax.random.key(0), replicates)))

@@ -96,8 +96,12 @@ def test_uoro_has_the_mean_of_rtrl(unroll_length):
   @jax.vmap
   def mean_of_episodes(key):
     keys = jax.random.split(key, 21 // unroll_length)
-    state = estimator.init(key, theta())
-    _, gradients = jax.lax.scan(lambda state, key: estimator.estimate(key, theta(), state)[1::-1], state, keys)
+
+    def window(state, key):
+      gradient, state, _ = estimator.estimate(key, theta(), state)
+      return state, gradient
+
+    _, gradients = jax.lax.scan(window, estimator.init(key, theta()), keys)
     return jnp.concatenate([g.reshape(len(keys), -1) for g in jax.tree.leaves(gradients)], axis=1).mean(axis=0)
 
   means, exact = np.asarray(mean_of_episodes(jax.random.split(jax.random.key(3), 64))), exact_sum(7) / 7

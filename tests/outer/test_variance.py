@@ -41,9 +41,12 @@ def measured(gradients, unroll_length, noise_period):
   @jax.vmap
   def episode(key):
     keys = jax.random.split(key, T // unroll_length)
-    _, windows = jax.lax.scan(
-      lambda state, key: estimator.estimate(key, theta, state)[1::-1], estimator.init(key, theta), keys
-    )
+
+    def window(state, key):
+      gradient, state, _ = estimator.estimate(key, theta, state)
+      return state, gradient
+
+    _, windows = jax.lax.scan(window, estimator.init(key, theta), keys)
     return unroll_length * jnp.sum(windows, axis=0)
 
   values = np.asarray(episode(jax.random.split(jax.random.key(1), REPLICATES)), np.float64)

@@ -199,6 +199,7 @@ import paper
 class Settings(NamedTuple):
   holds: bool
   names: tuple = ("<a>", "b")
+  seed: int = 0
 
 def run(settings):
   if settings.holds is None:
@@ -226,13 +227,13 @@ def run(tmp_path):
 @pytest.mark.parametrize(("holds", "code", "mark"), [(True, 0, "as in the paper"), (False, 1, "NOT as in the paper")])
 def test_a_script_leaves_its_result_and_its_verdict(tmp_path, run, holds, code, mark):
   (tmp_path / "script.py").write_text(SCRIPT.replace("HOLDS", str(holds)))
-  process = run("script.py", "--workdir=out")
+  process = run("script.py", "--workdir=out", "--seed=5")
   assert process.returncode == code, process.stderr
   assert f"1 < 2: {mark}\n" in process.stdout
   written = json.loads((tmp_path / "out" / "script" / "result.json").read_text())
   assert written["holds"] is holds
-  assert written["settings"] == {"holds": holds, "names": ["<a>", "b"]}
-  assert written["command"] == "python script.py --workdir=out"
+  assert written["settings"] == {"holds": holds, "names": ["<a>", "b"], "seed": 5}
+  assert written["command"] == "python script.py --workdir=out --seed=5"
   height, width, _ = matplotlib.image.imread(tmp_path / "out" / "script" / "figure.png").shape
   assert min(height, width) > 100
   assert read_page(tmp_path / "out" / "index.html").images == ["script/figure.png"]
