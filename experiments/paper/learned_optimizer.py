@@ -8,10 +8,11 @@ new initial weights for T steps, and the meta-loss is the mean of its T training
 windows of K steps and take the same number of inner steps in all. Once trained, each recorded θ is evaluated
 unperturbed on whole fresh episodes; that is the curve.
 
-Time on 2 CPU cores: about 4 minutes, most of it for TBPTT. The full scale is for a GPU.
+Time on 2 CPU cores: about 5 minutes, most of it for TBPTT. The full scale is for a GPU.
 
-Expected: PES ends with a lower meta-loss than truncated ES and TBPTT, whose windows do not tell them what an update
-is good for after the window's end.
+Expected: PES ends with a lower meta-loss than truncated ES, whose windows do not tell it what an update is good for
+after their end. TBPTT, clipped and with a decaying learning rate of its own, comes about as far as PES at this scale.
+That is not as in the paper; then the script says so and exits with 1. In trials without decay TBPTT got worse again.
 """
 
 import math
@@ -63,13 +64,13 @@ QUICK = Settings(
   particles_per_block=1,
   sigma=0.1,
   step_multiplier=1e-3,
-  # Chosen for each by trial with two seeds, by the meta-loss at the end: PES and truncated ES from 3e-3, 1e-2, 3e-2
-  # (the highest makes both diverge), TBPTT from 1e-3, 3e-3, 1e-2 (with the higher ones it gets worse again).
-  learning_rates={"PES": 1e-2, "truncated ES": 1e-2, "TBPTT": 1e-3},
+  # Chosen for each by trials on two seeds, by the meta-loss at the end: of PES and truncated ES the highest with which
+  # no seed diverged (3e-2 does), of TBPTT the better of 1e-3 and 3e-3.
+  learning_rates={"PES": 1e-2, "truncated ES": 1e-2, "TBPTT": 3e-3},
   clip_norm=1.0,
-  outer_steps=600,
-  records=12,
-  seeds=3,
+  outer_steps=500,
+  records=10,
+  seeds=4,
   evaluation_runs=8,
 )
 FULL = Settings(
@@ -208,7 +209,9 @@ def run(settings: Settings) -> paper.Finding:
   remarks = (
     f"The gradients that TBPTT takes through K = {settings.unroll_length} steps have norms of {truncated.min():.2g} "
     f"to {truncated.max():.2g} (root mean square over runs); backpropagated through whole episodes, T = "
-    f"{settings.horizon}, at θ along the way of PES, {whole.min():.2g} to {whole.max():.2g}."
+    f"{settings.horizon}, at θ along the way of PES, {whole.min():.2g} to {whole.max():.2g}. "
+    f"The meta-loss of TBPTT minus that of PES is {paper.mean_and_error(final['TBPTT'] - final['PES'])}. Meta-gradients "
+    f"are clipped to norm {settings.clip_norm:g} and outer learning rates decay to 0, for all three."
   )
   figure = draw(trainings, curves, adam.min(), (some, whole))
   return paper.Finding(figure, verdict, holds, table, remarks)
