@@ -64,7 +64,7 @@ QUICK = Settings(
   particles_per_block=1,
   sigma=0.1,
   step_multiplier=1e-3,
-  # Chosen for each by trials on two seeds, by the meta-loss at the end: of PES and truncated ES the highest with which
+  # Chosen for each by trials on two seeds, by the meta-loss at the end: of PES and truncated ES the highest at which
   # no seed diverged (3e-2 does), of TBPTT the better of 1e-3 and 3e-3.
   learning_rates={"PES": 1e-2, "truncated ES": 1e-2, "TBPTT": 3e-3},
   clip_norm=1.0,
@@ -210,8 +210,8 @@ def run(settings: Settings) -> paper.Finding:
     f"The gradients that TBPTT takes through K = {settings.unroll_length} steps have norms of {truncated.min():.2g} "
     f"to {truncated.max():.2g} (root mean square over runs); backpropagated through whole episodes, T = "
     f"{settings.horizon}, at θ along the way of PES, {whole.min():.2g} to {whole.max():.2g}. "
-    f"The meta-loss of TBPTT minus that of PES is {paper.mean_and_error(final['TBPTT'] - final['PES'])}. Meta-gradients "
-    f"are clipped to norm {settings.clip_norm:g} and outer learning rates decay to 0, for all three."
+    f"The meta-loss of TBPTT minus that of PES is {paper.mean_and_error(final['TBPTT'] - final['PES'])}. "
+    f"Meta-gradients are clipped to norm {settings.clip_norm:g} and outer learning rates decay to 0, for all three."
   )
   figure = draw(trainings, curves, adam.min(), (some, whole))
   return paper.Finding(figure, verdict, holds, table, remarks)
