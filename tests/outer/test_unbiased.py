@@ -91,6 +91,7 @@ def assert_unbiased(means, exact):
 
 HORIZONS = [(1, 1), (7, 7), (10, 10), (1, 10), (3, 13)]
 UNROLLS = [1, 3, 5, 10, 16]
+SIZES = {1: 80, 3: 56, 5: 40, 10: 20, 16: 16}  # pairs or runs for each: longer unrolls have less noise
 STAGGER = pytest.mark.parametrize("stagger", [False, True], ids=["lockstep", "staggered"])
 
 
@@ -98,12 +99,12 @@ def pes_with(noise_windows=1, **options):
   def build(problem, unroll_length, stagger):
     return pes.build(
       problem,
-      num_pairs=PAIRS,
+      num_pairs=SIZES[unroll_length],
       sigma=SIGMA,
       unroll_length=unroll_length,
       noise_period=noise_windows * unroll_length,
       stagger=stagger,
-      pairs_per_block=PAIRS,
+      pairs_per_block=SIZES[unroll_length],
       **options,
     )
 
@@ -112,8 +113,9 @@ def pes_with(noise_windows=1, **options):
 
 def forward_with(method):
   def build(problem, unroll_length, stagger):
+    size = SIZES[unroll_length]
     return forward.build(
-      problem, method=method, num_runs=PAIRS, unroll_length=unroll_length, stagger=stagger, runs_per_block=PAIRS
+      problem, method=method, num_runs=size, unroll_length=unroll_length, stagger=stagger, runs_per_block=size
     )
 
   return build
@@ -141,6 +143,8 @@ def full_bptt(problem):
 @pytest.mark.parametrize("unroll_length", UNROLLS)
 @pytest.mark.parametrize("name", ONLINE)
 def test_online_estimators_are_unbiased(name, unroll_length, stagger):
+  if name == "gpes" and unroll_length > 5:
+    pytest.skip("the period of two unrolls is longer than any episode: NRES")
   build = partial(ONLINE[name], unroll_length=unroll_length, stagger=stagger)
   for minimum, maximum in HORIZONS:
     means, _ = replicated_means(build, minimum, maximum, BURN_IN + WINDOWS)

@@ -116,7 +116,7 @@ def test_random_search_keeps_the_best_that_it_has_seen(script):
   settings = script.QUICK._replace(budget=8 * T, horizon=T, num_seeds=2, num_records=4)
   thetas, steps = script.by_random_search(toy(), settings)
   np.testing.assert_array_equal(steps, T * np.array([1, 2, 4, 8]))
-  draw_key, run_key = jax.random.split(jax.random.key(2))
+  draw_key, run_key = jax.random.split(jax.random.fold_in(jax.random.key(2), settings.seed))
   candidates = script.at(jax.random.uniform(draw_key, (16, 29), minval=-1.0, maxval=1.0))
   losses = script.evaluate(toy(), candidates, jax.random.split(run_key, 16)).reshape(2, 8)
   best = [[8 * seed + np.argmin(losses[seed, :n]) for n in (1, 2, 4, 8)] for seed in range(2)]
