@@ -139,9 +139,17 @@ def full_bptt(problem):
   return backprop.build(problem, num_runs=PAIRS, unroll_length=None, max_horizon=13, runs_per_block=PAIRS)
 
 
+# Compiling derivatives of replicated windows takes long, so for these some unroll lengths wait for `pytest -m slow`.
+EXPENSIVE = {"gpes", "pes+analytic", "uoro"}
+GRID = [
+  pytest.param(name, k, marks=[pytest.mark.slow] if name in EXPENSIVE and k in (5, 16) else [])
+  for name in ONLINE
+  for k in UNROLLS
+]
+
+
 @STAGGER
-@pytest.mark.parametrize("unroll_length", UNROLLS)
-@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize(("name", "unroll_length"), GRID)
 def test_online_estimators_are_unbiased(name, unroll_length, stagger):
   if name == "gpes" and unroll_length > 5:
     pytest.skip("the period of two unrolls is longer than any episode: NRES")
