@@ -12,7 +12,7 @@ comparison.md and comparison.png, metrics.jsonl, config.json, checkpoints/ and, 
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,11 +27,12 @@ from lopt import (
   evaluation,
   files,
   inner_training,
+  meta_parameters,
   report,
   tracking,
   trained,
 )
-from lopt.outer import final_loss, meta_training, parallel
+from lopt.outer import final_loss, meta_training, mixture, parallel
 
 CONFIG = configuration.define_flag("config", str(Path(__file__).parent / "configs" / "digits.py"), "What to run.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Where the run is kept, and continued from.")
@@ -48,8 +49,10 @@ Section = Mapping[str, Any]
 class Experiment(NamedTuple):
   """A configuration, built."""
 
-  family: base.TaskFamily
-  optimizer: base.LearnedOptimizer
+  families: dict[str, tuple[base.TaskFamily, float]]  # with their weights in the meta-objective
+  architecture: base.LearnedOptimizer  # of the whole θ
+  optimizer: base.LearnedOptimizer  # of what is trained of it
+  whole: Callable[[base.Theta], base.Theta]  # adds the part of θ that is not trained
   trainer: meta_training.Trainer
   seed: int
   num_outer_steps: int
@@ -73,6 +76,8 @@ def build(
   periodic_evaluation: Section,
   evaluation: Section,
   checkpoint: Section,
+  initial: str | None = None,
+  trainable: tuple[str, ...] = (),
 ) -> Experiment:
   """Makes of a configuration all that it names, so that whatever is wrong with it shows before any work starts."""
   checks.counts(num_outer_steps=num_outer_steps, log_every=log_every)
@@ -95,13 +100,44 @@ def build(
     meta_training.outer_optimizer, outer_optimizer, num_outer_steps, where="config.outer_optimizer"
   )
   horizons = configuration.call(inner_training.log_uniform_horizon, horizon, where="config.horizon")
-  optimizer = configuration.build("architectures", architecture, where="config.architecture")
-  family = configuration.build("tasks", task, where="config.task")
-  problem = inner_training.build(family, optimizer, horizon=horizons, meta_loss=meta_loss)
-  problem = final_loss.wrap(problem) if objective == "final_loss" else problem
-  gradients = configuration.build("outer", estimator, problem, where="config.estimator")
+  optimizer = full = configuration.build("architectures", architecture, where="config.architecture")
+  whole = lambda theta: theta
+  if initial is not None or trainable:
+    optimizer, whole = meta_parameters.start_from(optimizer, first_theta(optimizer, initial, seed), trainable)
+  families = configuration.task_families(task, where="config.task")
+
+  def gradients_of(family: base.TaskFamily) -> base.GradientEstimator:
+    problem = inner_training.build(family, optimizer, horizon=horizons, meta_loss=meta_loss)
+    problem = final_loss.wrap(problem) if objective == "final_loss" else problem
+    return configuration.build("outer", estimator, problem, where="config.estimator")
+
+  estimators = {name: gradients_of(family) for name, (family, _) in families.items()}
+  gradients = next(iter(estimators.values()))
+  if len(estimators) > 1:
+    gradients = mixture.combine(estimators, {name: weight for name, (_, weight) in families.items()})
   trainer = meta_training.build(gradients, optimizer.init, updates, seed=seed, steps_per_call=log_every)
-  return Experiment(family, optimizer, trainer, seed, num_outer_steps, **sections)
+  return Experiment(families, full, optimizer, whole, trainer, seed, num_outer_steps, **sections)
+
+
+def first_theta(optimizer: base.LearnedOptimizer, initial: str | None, seed: int) -> base.Theta:
+  """θ of the trained optimizer `initial`, or drawn.
+
+  Raises:
+    ConfigError: There is no such trained optimizer, or it is of another architecture.
+  """
+  drawn = optimizer.init(meta_training.keys(seed).theta)
+  if initial is None:
+    return drawn
+  try:
+    theta = trained.load(initial).theta
+  except trained.LoadError as error:
+    raise configuration.ConfigError(f"config.initial: {error}") from error
+  shapes = [{name: x.shape for name, x in meta_parameters.named(t).items()} for t in (theta, drawn)]
+  if different := configuration.difference(*shapes):
+    raise configuration.ConfigError(
+      f"config.initial: θ of {initial} does not fit config.architecture: {different[0]}"
+    )
+  return theta
 
 
 def _periodic(*, every: int, num_tasks: int, num_seeds: int, num_steps: int) -> dict[str, int]:
@@ -159,10 +195,19 @@ def meta_train(
 
   options = dict(experiment.periodic_evaluation)
   evaluation_every = options.pop("every")
-  metrics_of = evaluation.build_metrics(experiment.family, experiment.optimizer, seed=experiment.seed, **options)
+  metrics_of = {
+    name: evaluation.build_metrics(family, experiment.optimizer, seed=experiment.seed, **options)
+    for name, (family, _) in experiment.families.items()
+  }
+  total_weight = sum(weight for _, weight in experiment.families.values())
 
   def evaluate(step: int, state: meta_training.MetaState) -> None:
-    metrics = metrics_of(state.theta)
+    metrics: dict[str, float] = {}
+    for name, (_, weight) in experiment.families.items():
+      for measure, value in metrics_of[name](state.theta).items():
+        metrics[measure] = metrics.get(measure, 0.0) + weight / total_weight * value
+        if len(experiment.families) > 1:
+          metrics[f"{measure}/{name}"] = value
     tracker.log(step, {f"evaluation/{name}": value for name, value in metrics.items()})
     bar.write(
       f"outer step {step}: mean training loss {metrics['mean_loss']:.4f} on evaluation tasks", file=sys.stderr
@@ -194,7 +239,7 @@ def meta_train(
       ],
       progress=progress,
     )
-  return state.theta
+  return experiment.whole(state.theta)
 
 
 def main(argv: list[str]) -> None:
@@ -215,18 +260,17 @@ def main(argv: list[str]) -> None:
   theta = meta_train(experiment, workdir, tracker, first_step or 0, restored)
   path = workdir / trained.FILENAME
   trained.export(path, theta, config, outer_steps=experiment.num_outer_steps)
-  comparison = evaluation.compare(
-    experiment.family,
-    {"learned": (experiment.optimizer, theta)},
-    seed=experiment.seed,
-    progress=lambda stage: print(f"evaluation: {stage}", flush=True),
-    **experiment.evaluation,
-  )
-  picture = report.write(comparison, workdir)
+  options = {"seed": experiment.seed, "progress": lambda stage: print(f"evaluation: {stage}", flush=True)}
+  options |= experiment.evaluation
+  comparisons = {
+    name: evaluation.compare(family, {"learned": (experiment.architecture, theta)}, **options)
+    for name, (family, _) in experiment.families.items()
+  }
+  picture = report.write_all(comparisons, workdir)
   tracker.log_image(experiment.num_outer_steps, "comparison", picture)
   tracker.finish()
-  print(f"\n{report.table(comparison)}\n")
-  print(f"{report.verdict(comparison, 'learned')} Curves: {picture}")
+  print(f"\n{report.table_of_all(comparisons)}\n")
+  print(f"{report.verdict_of_all(comparisons, 'learned')} Curves: {picture}")
   print(f'The trained optimizer is {path}; use it with lopt.load("{path}")(num_steps=...).')
 
 

@@ -7,6 +7,10 @@ file is all there is to adding a choice:
     section = {"name": "mlp", "hidden_size": 32}
     architecture = build("architectures", section, where="config.architecture")
 
+What is there for every architecture or every task alike is a section within, for a function `wrap` of `WRAPPERS`:
+
+    section = {"name": "quadratic", "augmentation": {"reparametrization": [1e-3, 1e3]}}
+
 Every problem is a `ConfigError` of one line that starts with the field.
 """
 
@@ -15,6 +19,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import math
 import re
 import sys
 import types
@@ -29,6 +34,12 @@ from ml_collections import config_dict, config_flags
 
 PACKAGES = {"architecture": "architectures", "task": "tasks", "estimator": "outer"}
 """Where the module that a section of a configuration names is found: lopt/<package>/<name>.py."""
+
+WRAPPERS = {"architectures": "safeguards", "tasks": "augmentation"}
+"""Sections within those of a package, and the modules lopt/<package>/<name>.py whose `wrap` they are options of."""
+
+MIXTURE = "mixture"
+"""The name of a task section that has several families."""
 
 _CONTRACTS = {"architectures": "LearnedOptimizer", "tasks": "TaskFamily", "outer": "GradientEstimator"}
 
@@ -115,8 +126,43 @@ def build(package: str, section: Mapping[str, Any] | ml_collections.ConfigDict, 
   name = options.pop("name", None)
   if not isinstance(name, str):
     raise ConfigError(f"{where}.name: {name!r} names no module; there are: {', '.join(choices(package))}")
+  wrapper = WRAPPERS.get(package, "")
+  wrapping = options.pop(wrapper, None)
   chosen = module(package, name, where=f"{where}.name")
-  return call(chosen.build, options, *args, where=where)
+  built = call(chosen.build, options, *args, where=where)
+  if not wrapping:
+    return built
+  if not isinstance(wrapping, Mapping):
+    raise ConfigError(f"{where}.{wrapper}: {wrapping!r} is not a section of options")
+  return call(_wrap(package), wrapping, built, where=f"{where}.{wrapper}")
+
+
+def task_families(section: Mapping[str, Any], *, where: str) -> dict[str, tuple[Any, float]]:
+  """The task families of a section and their weights, by name: one, or those of a mixture.
+
+      {"name": "mlp_classifier", **options}
+      {"name": "mixture", "families": {"small": {"name": ..., "weight": 2.0, **options}, "sparse": ...}}
+
+  Weights are 1 where not given.
+
+  Raises:
+    ConfigError: no such module, options that it does not take, or a mixture of nothing.
+  """
+  section = plain(section, where)
+  if section.get("name") != MIXTURE:
+    return {str(section.get("name")).rpartition(".")[2]: (build("tasks", section, where=where), 1.0)}
+  if unknown := section.keys() - {"name", "families"}:
+    raise ConfigError(f"{where}.{min(unknown)}: unknown field; a mixture takes: families")
+  members = section.get("families")
+  if not isinstance(members, dict) or not members or not all(isinstance(x, dict) for x in members.values()):
+    raise ConfigError(f"{where}.families: needs one section or more, each with the name of a task family")
+  families = {}
+  for label, member in members.items():
+    weight = member.pop("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+      raise ConfigError(f"{where}.families.{label}.weight: must be a number above 0, not {weight!r}")
+    families[label] = (build("tasks", member, where=f"{where}.families.{label}"), float(weight))
+  return families
 
 
 def choose(picks: str, **sections: Mapping[str, Mapping[str, Any]]) -> ml_collections.ConfigDict:
@@ -129,7 +175,8 @@ def choose(picks: str, **sections: Mapping[str, Mapping[str, Any]]) -> ml_collec
 
   Args:
     picks: comma-separated section=name, or nothing.
-    **sections: section -> name -> the values that are to differ from the module's defaults.
+    **sections: section -> name -> the values that are to differ from the module's defaults. With a section of
+      `WRAPPERS` among them, be it empty, all options of that are there too.
 
   Raises:
     ConfigError: unknown section, unknown module, or values that its `build` does not take.
@@ -142,14 +189,27 @@ def choose(picks: str, **sections: Mapping[str, Mapping[str, Any]]) -> ml_collec
     names[section] = name
   config = {}
   for section, name in names.items():
-    function = module(PACKAGES[section], name, where=f"{section}={name}").build
-    values = _check(function, {**defaults(function), **sections[section].get(name, {})}, section)
-    fields = {
-      option: _placeholder(annotation) if values.get(option) is None else values[option]
-      for option, annotation in _annotations(function).items()
-    }
-    config[section] = {"name": name, **fields}
+    package = PACKAGES[section]
+    values = dict(sections[section].get(name, {}))
+    wrapping = values.pop(WRAPPERS.get(package, ""), None)
+    function = module(package, name, where=f"{section}={name}").build
+    config[section] = {"name": name, **_fields(function, values, section)}
+    if wrapping is not None:
+      config[section][WRAPPERS[package]] = _fields(_wrap(package), wrapping, f"{section}.{WRAPPERS[package]}")
   return ml_collections.ConfigDict(config)
+
+
+def _fields(function: Callable[..., Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+  """All options of a function: the values given, else its defaults."""
+  values = _check(function, {**defaults(function), **values}, where)
+  return {
+    option: _placeholder(annotation) if values.get(option) is None else values[option]
+    for option, annotation in _annotations(function).items()
+  }
+
+
+def _wrap(package: str) -> Callable[..., Any]:
+  return importlib.import_module(f"lopt.{package}.{WRAPPERS[package]}").wrap
 
 
 def load(path: str | Path) -> types.ModuleType:

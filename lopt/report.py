@@ -6,7 +6,7 @@ import json
 import math
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,94 @@ def write(comparison: Comparison, folder: str | os.PathLike[str]) -> Path:
   files.write_atomically(folder / "comparison.md", table(comparison) + "\n")
   plot(comparison, folder / "comparison.png")
   return folder / "comparison.png"
+
+
+def write_all(comparisons: Mapping[str, Comparison], folder: str | os.PathLike[str]) -> Path:
+  """Writes each comparison into a folder of its name, and summary.md, summary.json and summary.png beside them.
+
+  A single comparison is written into the folder itself, as by `write`. Returns the path of the picture of all.
+
+  Raises:
+    OSError: A file cannot be written.
+  """
+  if len(comparisons) == 1:
+    return write(next(iter(comparisons.values())), folder)
+  folder = Path(folder)
+  for name, comparison in comparisons.items():
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    write(comparison, folder / name)
+  summaries = {
+    name: {optimizer: evaluation.summarize(c, optimizer) for optimizer in (*c.learned, *c.baselines)}
+    for name, c in comparisons.items()
+  }
+  files.write_atomically(folder / "summary.json", json.dumps(_plain(summaries), indent=2, allow_nan=False) + "\n")
+  files.write_atomically(folder / "summary.md", table_of_all(comparisons) + "\n")
+  plot_all(comparisons, folder / "summary.png")
+  return folder / "summary.png"
+
+
+def table_of_all(comparisons: Mapping[str, Comparison]) -> str:
+  """A line for each comparison in Markdown: means over its tasks. Of a single one, `table`."""
+  if len(comparisons) == 1:
+    return table(next(iter(comparisons.values())))
+  first = next(iter(comparisons.values()))
+  header = ["family", "steps", *first.learned, *first.baselines]
+  for name in first.learned:
+    whose = f"{name}: " if len(first.learned) > 1 else ""
+    header += [f"{whose}better than {REFERENCE}", f"{whose}median speed-up", f"{whose}diverged"]
+  rows = [header]
+  for title, c in comparisons.items():
+    summaries = {name: evaluation.summarize(c, name) for name in (*c.learned, *c.baselines)}
+    row = [title, str(c.num_steps), *(_with_error(s) for s in summaries.values())]
+    for s in (summaries[name] for name in c.learned):
+      row += [f"{s.tasks_won[REFERENCE]}/{len(c.tasks)}", _times(s.median_speed_up), f"{100 * s.diverged:.3g}%"]
+    rows.append(row)
+  what = (
+    f"Mean training loss over all steps, the means over {len(first.tasks)} held-out tasks of each family and "
+    f"{first.num_seeds} seeds; {' and '.join(first.baselines)} with the learning rate chosen for each task on other "
+    "seeds."
+  )
+  return "\n".join([what, "", *_markdown(rows)])
+
+
+def verdict_of_all(comparisons: Mapping[str, Comparison], name: str) -> str:
+  """One line that says how a learned optimizer compares with tuned Adam over several families."""
+  if len(comparisons) == 1:
+    return verdict(next(iter(comparisons.values())), name)
+  own, adam = ([evaluation.summarize(c, x) for c in comparisons.values()] for x in (name, REFERENCE))
+  lower = sum(a.mean_loss < b.mean_loss for a, b in zip(own, adam, strict=True))
+  won, tasks = sum(s.tasks_won[REFERENCE] for s in own), sum(len(c.tasks) for c in comparisons.values())
+  diverged = np.mean([s.diverged for s in own])
+  return (
+    f"The {name} optimizer's mean training loss is lower than tuned {REFERENCE}'s on {won} of {tasks} held-out "
+    f"tasks, and in the mean on {lower} of {len(comparisons)} families; {100 * diverged:.3g}% of its runs diverged."
+  )
+
+
+def plot_all(comparisons: Mapping[str, Comparison], path: str | os.PathLike[str]) -> None:
+  """Draws a panel for each comparison into a PNG file, atomically: the mean training curves over its tasks.
+
+  Raises:
+    OSError: The file cannot be written.
+  """
+  columns = min(4, math.ceil(math.sqrt(len(comparisons))))
+  rows = math.ceil(len(comparisons) / columns)
+  figure = Figure(figsize=(3.2 * columns, 2.6 * rows + 0.7), dpi=200, layout="constrained")
+  panels = figure.subplots(rows, columns, squeeze=False)
+  for axes in panels.flat[len(comparisons) :]:
+    axes.set_visible(False)
+  for axes, (title, comparison) in zip(panels.flat, comparisons.items(), strict=False):
+    _draw(axes, comparison, range(len(comparison.tasks)))
+    axes.set_title(title, fontsize=10)
+    axes.tick_params(labelsize=8)
+  panels[0, 0].legend(frameon=False, fontsize=8)
+  figure.supylabel("training loss (1 = knowing nothing)", fontsize=9)
+  first = next(iter(comparisons.values()))
+  caption = textwrap.fill(f"Inner steps. {_caption(first)}", int(15 * figure.get_figwidth()))
+  figure.supxlabel(caption, fontsize=7.5, color="#555555")
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format="png")
+  files.write_atomically(path, buffer.getvalue())
 
 
 def plot(
@@ -265,6 +353,6 @@ def _smooth_for_the_eye(curves: Float[np.ndarray, "seeds T"]) -> Float[np.ndarra
 def _caption(c: Comparison) -> str:
   return (
     f"Lines: means over {c.num_seeds} seeds. Bands: lowest to highest seed. Both smoothed by a trailing mean over "
-    f"a tenth of the steps so far, at most {evaluation.window(c.num_steps)}. {' and '.join(c.baselines)}: learning "
+    f"a tenth of the steps so far, at most 5% of all. {' and '.join(c.baselines)}: learning "
     "rate tuned for each task on other seeds."
   )

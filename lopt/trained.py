@@ -26,7 +26,7 @@ import optax
 import safetensors
 import safetensors.numpy
 
-from lopt import configuration
+from lopt import configuration, meta_parameters
 from lopt.base import LearnedOptimizer, Theta
 from lopt.files import write_atomically
 from lopt.version import __version__
@@ -82,7 +82,7 @@ def export(
     "architecture": json.dumps(plain["architecture"]),
     "config": json.dumps(plain),
   }
-  arrays = {name: np.asarray(leaf, order="C") for name, leaf in _named_leaves(theta).items()}
+  arrays = {name: np.asarray(leaf, order="C") for name, leaf in meta_parameters.named(theta).items()}
   write_atomically(path, safetensors.numpy.save(arrays, header))
 
 
@@ -134,7 +134,7 @@ def load(path: str | Path) -> TrainedOptimizer:
     raise LoadError(f"{path}: cannot build the architecture in its header: {error}") from error
   like = jax.eval_shape(architecture.init, jax.random.key(0))
   found = {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
-  expected = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named_leaves(like).items()}
+  expected = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in meta_parameters.named(like).items()}
   for name in {**expected, **found}:
     there, here = found.get(name, "absent"), expected.get(name, "absent")
     if there != here:
@@ -142,11 +142,3 @@ def load(path: str | Path) -> TrainedOptimizer:
       raise LoadError(f"{path}: θ does not fit the {title}: {name} is {there} in the file and {here} in the {title}")
   theta = jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in expected])
   return TrainedOptimizer(theta, architecture, config)
-
-
-def _named_leaves(tree: Theta) -> dict[str, Any]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  names = [jax.tree_util.keystr(path, simple=True, separator="/") or "theta" for path, _ in leaves]
-  if len(set(names)) < len(names):
-    raise ValueError(f"two leaves of θ have the same path, one of {', '.join(sorted(names))}")
-  return dict(zip(names, (leaf for _, leaf in leaves), strict=True))

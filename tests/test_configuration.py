@@ -5,7 +5,9 @@ import textwrap
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import ml_collections
+import numpy as np
 import pytest
 
 from lopt import configuration
@@ -218,6 +220,9 @@ def test_config_files_are_complete_and_fit_their_modules(path):
   assert set(config) == set(digits)
   for section, package in configuration.PACKAGES.items():
     options = configuration.plain(config[section])
+    if options["name"] == configuration.MIXTURE:
+      assert options["families"]
+      continue
     function = configuration.module(package, options.pop("name"), where=section).build
     assert options.keys() == configuration.defaults(function).keys()
   assert f"--config=experiments/configs/{path.name}" in (configuration.load(path).__doc__ or "")
@@ -299,3 +304,56 @@ def test_a_wrong_flag_is_one_line(script, flags, message):
   assert result.returncode != 0
   assert message in result.stderr
   assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_section_within_wraps_what_is_built():
+  section = {"name": "quadratic", "dimension": 3}
+  plain, wrapped = (
+    configuration.build("tasks", section | more, where="config.task")
+    for more in ({}, {"augmentation": {"init_scale": [5.0, 5.0]}})
+  )
+  key = jax.random.key(0)
+  a, b = (family.init(key, family.sample(key)) for family in (plain, wrapped))
+  np.testing.assert_allclose(np.linalg.norm(b) / np.linalg.norm(a), 5.0, rtol=0.5)
+  with pytest.raises(
+    ConfigError, match=r"config\.task\.augmentation\.init_scales: unknown field; did you mean 'init_scale'"
+  ):
+    configuration.build("tasks", section | {"augmentation": {"init_scales": 1.0}}, where="config.task")
+  with pytest.raises(ConfigError, match=r"config\.task\.augmentation: 3 is not a section"):
+    configuration.build("tasks", section | {"augmentation": 3}, where="config.task")
+  chosen = configuration.choose("", task={"quadratic": {"augmentation": {"init_scale": (1.0, 2.0)}}})
+  assert chosen.task.augmentation.init_scale == (1.0, 2.0)
+  assert chosen.task.augmentation.gradient_noise is None
+  assert "augmentation" not in configuration.choose("", task={"quadratic": {}}).task
+
+
+def test_a_mixture_is_its_families():
+  section = {
+    "name": "mixture",
+    "families": {"small": {"name": "quadratic", "dimension": 2, "weight": 3}, "large": {"name": "quadratic"}},
+  }
+  families = configuration.task_families(section, where="config.task")
+  assert {name: weight for name, (_, weight) in families.items()} == {"small": 3.0, "large": 1.0}
+  key = jax.random.key(0)
+  assert [len(family.init(key, family.sample(key))) for family, _ in families.values()] == [2, 10]
+  ((name, (_, weight)),) = configuration.task_families({"name": "quadratic"}, where="config.task").items()
+  assert (name, weight) == ("quadratic", 1.0)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"families": {}}, "config.task.families: needs one section or more"),
+    ({"families": {"a": 3}}, "config.task.families: needs one section or more"),
+    ({"weights": 1}, "config.task.weights: unknown field; a mixture takes: families"),
+    (
+      {"families": {"a": {"name": "quadratic", "weight": 0}}},
+      "config.task.families.a.weight: must be a number above 0",
+    ),
+    ({"families": {"a": {"name": "quadratics"}}}, "config.task.families.a.name: no lopt/tasks/quadratics.py"),
+  ],
+)
+def test_what_is_wrong_with_a_mixture_is_said(change, message):
+  section = {"name": "mixture", "families": {"a": {"name": "quadratic"}}, **change}
+  with pytest.raises(ConfigError, match=message):
+    configuration.task_families(section, where="config.task")

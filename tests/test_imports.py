@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # architecture or estimator needs no line here; a new module at the top of lopt does.
 LAYERS = (
   ("base", "checks", "files", "version"),
-  ("configuration", "checkpoints", "tracking", "architectures", "tasks", "outer"),
+  ("configuration", "meta_parameters", "checkpoints", "tracking", "architectures", "tasks", "outer"),
   ("inner_training", "baselines", "trained"),
   ("outer.meta_training",),
   ("evaluation",),

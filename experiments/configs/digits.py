@@ -11,6 +11,7 @@ Another module is picked after a colon, and every field below is a flag:
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from lopt import configuration
 
@@ -26,6 +27,8 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
     # lopt/outer/<name>.py: gradients of the meta-loss
     estimator={"pes": {"sigma": 0.1, "num_pairs": 64}, "es": {"sigma": 0.1, "num_pairs": 64}},
   )
+  config.initial = config_dict.placeholder(str)  # the trained optimizer to start from; None: a fresh one
+  config.trainable = ()  # beginnings of the names of those parts of θ that are trained; (): all
   config.seed = 0  # the only source of randomness
   config.num_outer_steps = 1_600  # updates of θ
   config.meta_loss = "train"  # what the optimizer is to make small: the loss on 'train' or 'validation' batches

@@ -77,6 +77,19 @@ def outer_optimizer(
   return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay))
 
 
+class Keys(NamedTuple):
+  """What a run's random numbers derive from."""
+
+  theta: base.PRNGKey  # the first θ
+  particles: base.PRNGKey  # the estimator's first state
+  steps: base.PRNGKey  # with the number of the outer step folded in, all else
+
+
+def keys(seed: int) -> Keys:
+  """The keys of the run with this seed."""
+  return Keys(*jax.random.split(jax.random.key(seed), 3))
+
+
 def build(
   estimator: base.GradientEstimator,
   init_theta: Callable[[base.PRNGKey], base.Theta],
@@ -97,7 +110,7 @@ def build(
     seed: Everything random follows from it.
     steps_per_call: Outer steps that one call of `advance` takes.
   """
-  theta_key, particles_key, steps_key = jax.random.split(jax.random.key(seed), 3)
+  theta_key, particles_key, steps_key = keys(seed)
 
   @jax.jit
   def start() -> MetaState:

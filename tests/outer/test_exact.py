@@ -174,6 +174,23 @@ def test_pes_analytic_tends_to_rtrl():
   np.testing.assert_allclose(gradients, np.tile(exact_sum(7) / 7, (3, 1)), rtol=1e-6)
 
 
+def test_pes_analytic_subtracts_what_the_gradient_explains():
+  """Where the state adds up θ, each estimate in closed form: how it depends on ξ decides its variance, not its mean.
+
+  With s_t = s_{t-1} + θ and L_t = s_t, a window's own part of the gradient is g = K(K+1)/2, and the losses that it
+  does not explain are those through the state in which the perturbations ξ before it left the pair: 2K·Kξ.
+  """
+  length, sigma = 3, 0.7
+  step = lambda theta, state, key: (state + theta, state + theta)
+  sums = base.UnrolledProblem(lambda key: jnp.int32(12), lambda key, horizon: jnp.zeros(()), step)
+  estimator = pes.build(sums, num_pairs=1, sigma=sigma, unroll_length=length, analytic=True, stagger=False)
+  state = estimator.init(jax.random.key(1), jnp.array(0.4))
+  for window in range(5):  # the fifth begins the second episode
+    xi = 0.0 if window == 4 else float(state.xi[0, 0])
+    gradient, state, _ = estimator.estimate(jax.random.key(10 + window), jnp.array(0.4), state)
+    np.testing.assert_allclose(gradient, (length * (length + 1) / 2 + (length * xi / sigma) ** 2) / length, rtol=1e-6)
+
+
 def test_longer_horizons_than_announced_are_an_error():
   with pytest.raises(ValueError, match="max_horizon: the problem draws horizons of 13 and more, longer than 12"):
     backprop.build(problem(3, 13), unroll_length=None, max_horizon=12)
