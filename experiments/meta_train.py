@@ -6,16 +6,23 @@ Any architecture, task family and estimator: `--config=FILE:architecture=lstm,ta
 field of the configuration is a flag, such as `--config.estimator.sigma=0.02`. The same command continues a run that
 was interrupted, and gives the same θ, bit for bit, as one that was not.
 
+On several machines that share the work directory, the same command on each (under SLURM and on TPU pods JAX finds the
+others by itself, with `--coordinator=auto`):
+
+    python experiments/meta_train.py ... --coordinator=HOST:PORT --num_processes=4 --process_id=0  (to 3)
+
 Writes to the work directory: optimizer.safetensors (the trained optimizer, for `lopt.load`), comparison.json,
 comparison.md and comparison.png, metrics.jsonl, config.json, checkpoints/ and, unless disabled, wandb/.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 from absl import app, flags, logging
 from tqdm import tqdm
 
@@ -42,6 +49,10 @@ WANDB = flags.DEFINE_enum(
   ["auto", "online", "offline", "disabled"],
   "Weights & Biases: online when logged in, else an offline run; or as said.",
 )
+
+COORDINATOR = flags.DEFINE_string("coordinator", None, "Several processes: host:port of process 0, or 'auto'.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are, unless 'auto'.", 1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, unless 'auto'.", 0)
 
 Section = Mapping[str, Any]
 
@@ -191,7 +202,9 @@ def meta_train(
   trainer = experiment.trainer
 
   def save(step: int, state: meta_training.MetaState) -> None:
-    checkpoints.save(workdir, step, trainer.save(state), keep=experiment.checkpoint["keep"])
+    saved = trainer.save(state)  # with the parts of all processes
+    if parallel.is_first():
+      checkpoints.save(workdir, step, saved, keep=experiment.checkpoint["keep"])
 
   options = dict(experiment.periodic_evaluation)
   evaluation_every = options.pop("every")
@@ -209,12 +222,16 @@ def meta_train(
         if len(experiment.families) > 1:
           metrics[f"{measure}/{name}"] = value
     tracker.log(step, {f"evaluation/{name}": value for name, value in metrics.items()})
-    bar.write(
-      f"outer step {step}: mean training loss {metrics['mean_loss']:.4f} on evaluation tasks", file=sys.stderr
-    )
+    if not silent:
+      bar.write(
+        f"outer step {step}: mean training loss {metrics['mean_loss']:.4f} on evaluation tasks", file=sys.stderr
+      )
 
   total = experiment.num_outer_steps
-  with tqdm(total=total, initial=first_step, unit="step", desc="meta-training", dynamic_ncols=True) as bar:
+  silent = not parallel.is_first()
+  with tqdm(
+    total=total, initial=first_step, unit="step", desc="meta-training", dynamic_ncols=True, disable=silent
+  ) as bar:
 
     def progress(steps: int, metrics: Mapping[str, float]) -> None:
       bar.set_postfix_str(
@@ -242,22 +259,46 @@ def meta_train(
   return experiment.whole(state.theta)
 
 
+def connect() -> None:
+  """Joins the other processes, where there are any."""
+  given = {"num_processes": NUM_PROCESSES.value, "process_id": PROCESS_ID.value}
+  if COORDINATOR.value is None:
+    if odd := [name for name, value in given.items() if value is not None]:
+      raise configuration.ConfigError(f"--{odd[0]}: needs --coordinator=HOST:PORT, the same for all processes")
+    return
+  automatic = COORDINATOR.value == "auto"
+  if not automatic and (missing := [name for name, value in given.items() if value is None]):
+    raise configuration.ConfigError(f"--coordinator: needs --{missing[0]} too, unless it is 'auto'")
+  try:
+    parallel.connect(None if automatic else COORDINATOR.value, **given)
+  except (RuntimeError, ValueError) as error:
+    reason = " ".join(str(error).split())[:300]
+    raise configuration.ConfigError(f"--coordinator={COORDINATOR.value}: no connection ({reason})") from error
+
+
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise configuration.ConfigError(f"unexpected argument: {argv[1]}")
   logging.set_verbosity(logging.WARNING)
   parallel.setup()
+  connect()
   config, workdir = configuration.plain(CONFIG.value), Path(WORKDIR.value)
   experiment = configuration.call(build, config, where="config")
-  claim(workdir, config)
-  first_step = checkpoints.latest_step(workdir)
+  if parallel.is_first():
+    claim(workdir, config)
+  first_step = parallel.of_first(-1 if (latest := checkpoints.latest_step(workdir)) is None else latest)
   # Before tracking begins: a damaged checkpoint should not leave a run behind.
-  restored = None if first_step is None else checkpoints.restore(workdir, experiment.trainer.saved_like, first_step)
+  restored = checkpoints.restore(workdir, experiment.trainer.saved_like, first_step) if first_step >= 0 else None
+  resume_step = first_step if first_step >= 0 else None
   try:
-    tracker = tracking.start(workdir, config, wandb_mode=WANDB.value, resume_step=first_step)
+    tracker = tracking.nothing()
+    if parallel.is_first():
+      tracker = tracking.start(workdir, config, wandb_mode=WANDB.value, resume_step=resume_step)
   except ValueError as error:
     raise configuration.ConfigError(str(error)) from error
-  theta = meta_train(experiment, workdir, tracker, first_step or 0, restored)
+  theta = meta_train(experiment, workdir, tracker, max(first_step, 0), restored)
+  if not parallel.is_first():
+    return
   path = workdir / trained.FILENAME
   trained.export(path, theta, config, outer_steps=experiment.num_outer_steps)
   options = {"seed": experiment.seed, "progress": lambda stage: print(f"evaluation: {stage}", flush=True)}
@@ -274,9 +315,22 @@ def main(argv: list[str]) -> None:
   print(f'The trained optimizer is {path}; use it with lopt.load("{path}")(num_steps=...).')
 
 
+def run(argv: list[str]) -> None:
+  """`main`, but that the death of another process ends this one, at once and with a clear message."""
+  try:
+    main(argv)
+  except Exception as error:
+    if not parallel.has_company():
+      raise
+    lost = isinstance(error, jax.errors.JaxRuntimeError)
+    remedy = "another process is gone; the same commands continue from the last checkpoint" if lost else "stopped"
+    print(f"\nmeta_train.py: {remedy} ({' '.join(str(error).split())[:300]})", file=sys.stderr, flush=True)
+    os._exit(1)  # an orderly exit would wait for the others
+
+
 if __name__ == "__main__":
   try:
-    app.run(main, flags_parser=configuration.parse_flags)
+    app.run(run, flags_parser=configuration.parse_flags)
   except (configuration.ConfigError, checkpoints.CheckpointError, FloatingPointError, OSError) as error:
     sys.exit(f"meta_train.py: {error}")
   except KeyboardInterrupt:

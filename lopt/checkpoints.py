@@ -113,6 +113,11 @@ def _steps(workdir: str | Path) -> list[int]:
 @contextlib.contextmanager
 def _manager(workdir: str | Path, **options: Any) -> Iterator[ocp.CheckpointManager]:
   folder = (Path(workdir) / "checkpoints").absolute()
+  if jax.process_count() > 1:  # each acts on its own
+    folder.mkdir(parents=True, exist_ok=True)
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(here, {here}, barrier_sync_key_prefix=str(here))
+    options |= {"multiprocessing_options": alone, "create": False}
   # Synchronous, so that nothing is under way when `save` returns.
   manager_options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
   logger = logging.getLogger("absl")

@@ -36,6 +36,11 @@ class Tracker(NamedTuple):
   """Flushes and closes. Nothing can be logged after."""
 
 
+def nothing() -> Tracker:
+  """Tracks nothing: for all processes of a run but the first."""
+  return Tracker(lambda step, metrics: None, lambda step, name, path: None, lambda: None)
+
+
 def start(
   workdir: str | os.PathLike[str],
   config: Mapping[str, Any],

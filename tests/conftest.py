@@ -21,7 +21,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-jax.config.update("jax_num_cpu_devices", 4)  # virtual devices, so that what depends on their number is tested
+jax.config.update("jax_num_cpu_devices", 8)  # virtual devices, so that what depends on their number is tested
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Every jaxtyping annotation of the package is checked when its function is called. A module imported before the

@@ -196,7 +196,7 @@ def test_number_of_devices_and_size_of_blocks_do_not_change_the_numbers(monkeypa
   tasks = evaluation.sample_tasks(family, 0, evaluation.HELD_OUT, 2)
   rates = np.array([0.01, 0.3])
   devices = jax.local_devices()
-  assert len(devices) == 4
+  assert len(devices) == 8
   monkeypatch.setattr(jax, "local_devices", lambda: devices[:num_devices])
   monkeypatch.setitem(parallel.RUNS_PER_BLOCK, "cpu", block)
   runs = evaluation.build_train(family, sgd(), num_steps=5)(baselines.theta_at(rates), tasks, jnp.arange(5))

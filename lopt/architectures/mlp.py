@@ -4,27 +4,19 @@ L. Metz, N. Maheswaranathan, J. Nixon, C. D. Freeman, J. Sohl-Dickstein, "Unders
 the training of learned optimizers", ICML 2019.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from lopt import base
+from lopt.architectures import layers
 
 MOMENTUM_DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
 TIME_SCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)  # inner steps
-
-
-class LinearWeights(hk.Module):
-  """The parameters of an `hk.Linear`, for products in a layout that `hk.Linear` does not have."""
-
-  def __call__(self, fan_in: int, size: int) -> tuple[Float[Array, "fan_in size"], Float[Array, " size"]]:
-    w = hk.get_parameter("w", (fan_in, size), init=hk.initializers.TruncatedNormal(1 / math.sqrt(fan_in)))
-    return w, hk.get_parameter("b", (size,), init=jnp.zeros)
 
 
 class MLPState(NamedTuple):
@@ -62,24 +54,7 @@ def build(
   if not hidden_sizes or min(hidden_sizes) < 1:
     raise ValueError(f"hidden_sizes: needs one or more widths of at least 1, not {hidden_sizes}")
 
-  def network(
-    features: Float[Array, "8 n"], rms: Float[Array, " 8"], time: Float[Array, " 11"]
-  ) -> Float[Array, "2 n"]:
-    """The MLP on a tensor of n parameters.
-
-    Activations are feature-major, [width, n], and normalisation and time enter through the first layer's weights and
-    bias instead of through n copies: the same arithmetic as a plain MLP on 19 columns, at about 1.3 times its speed.
-    """
-    fan_in = len(rms) + len(time)
-    w, b = LinearWeights("layer_0")(fan_in, hidden_sizes[0])
-    w_features, w_time = w[: len(rms)] / rms[:, None], w[len(rms) :]
-    h = w_features.T @ features + (time @ w_time + b)[:, None]
-    for i, size in enumerate((*hidden_sizes[1:], 2), start=1):
-      w, b = LinearWeights(f"layer_{i}")(h.shape[0], size)
-      h = w.T @ jax.nn.relu(h) + b[:, None]
-    return h
-
-  net = hk.without_apply_rng(hk.transform(network))
+  net = hk.without_apply_rng(hk.transform(lambda *inputs: layers.mlp(*inputs, (*hidden_sizes, 2))))
 
   def init(key: base.PRNGKey) -> base.Theta:
     return net.init(key, jnp.ones((8, 1)), jnp.ones(8), jnp.ones(11))
@@ -104,9 +79,9 @@ def build(
         return decays.reshape(leading) * m + gains.reshape(leading) * g[None]
 
       def update(g, p, m):
-        features = jnp.concatenate([g[None], p[None], m]).reshape(8, -1)
-        rms = jnp.sqrt(jnp.mean(jnp.square(features), axis=1) + epsilon)
-        direction, magnitude = net.apply(theta, features, rms, time)
+        features = (g.reshape(1, -1), p.reshape(1, -1), m.reshape(len(MOMENTUM_DECAYS), -1))
+        mean_squares = jnp.concatenate([jnp.mean(jnp.square(x), axis=1) for x in features])
+        direction, magnitude = net.apply(theta, features, jnp.sqrt(mean_squares + epsilon), time)
         return (-step_multiplier * direction * jnp.exp(exp_multiplier * magnitude)).reshape(p.shape)
 
       momenta = jax.tree.map(accumulate, state.momenta, updates)

@@ -3,6 +3,9 @@
 Every leaf of an estimator's state has the particles on its first axis (see `base.GradientEstimator`), so a state of N
 pairs is laid out as [D, N/D, ...] over D devices, each of which runs the same estimator on its share. Random numbers
 derive from a pair's index, so results do not depend on D but for the order of floating-point sums.
+
+The devices may be those of several processes, on several machines (`connect`). Each then runs the same program on
+the same configuration, holds the part of the particles that its own devices have, and computes the same θ.
 """
 
 import math
@@ -13,9 +16,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
-from lopt import base
+from lopt import base, checks
 
 AXIS = "devices"
 RUNS_PER_BLOCK = {"cpu": 1}
@@ -23,7 +27,7 @@ RUNS_PER_BLOCK = {"cpu": 1}
 
 
 def setup() -> None:
-  """Prepares a process: call it before anything else of JAX.
+  """Prepares a process: call it, and `connect` after it where there are several, before anything else of JAX.
 
   Each CPU core becomes a device (accelerators are unaffected), and compiled programs are kept on disk, in
   `JAX_COMPILATION_CACHE_DIR` or else ~/.cache/lopt, so that the second start is fast.
@@ -36,9 +40,58 @@ def setup() -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def connect(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+  """Joins this process with others. Returns when all are there.
+
+  Args:
+    coordinator: `host:port` of process 0, which the others can reach.
+    num_processes: How many there are.
+    process_id: Which this is, from 0.
+
+  All three are None where JAX can find them out: under SLURM and Open MPI, and on TPU pods.
+
+  Raises:
+    ValueError, RuntimeError: They cannot be found out, or not all processes came.
+  """
+  jax.distributed.initialize(
+    coordinator,
+    num_processes,
+    process_id,
+    heartbeat_timeout_seconds=30,  # after which the others of a dead process end
+    shutdown_timeout_seconds=24 * 3600,  # for which the others wait at their end while process 0 evaluates
+  )
+
+
+def is_first() -> bool:
+  """Whether this is the process that writes files and speaks to the user."""
+  return jax.process_index() == 0
+
+
+def has_company() -> bool:
+  """Whether there are other processes."""
+  return jax.process_count() > 1
+
+
+def of_first(number: int) -> int:
+  """Process 0's number, in all processes, once all of them ask for it."""
+  return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if jax.process_count() > 1 else number
+
+
 def num_devices(num_pairs: int) -> int:
-  """How many of the local devices to use: the largest number that divides the pairs evenly."""
-  return max(d for d in range(1, jax.local_device_count() + 1) if num_pairs % d == 0)
+  """How many devices to use: all of several processes, else the largest number that divides the pairs evenly.
+
+  Raises:
+    ValueError: The pairs cannot be divided among the devices of several processes.
+  """
+  if jax.process_count() == 1:
+    return max(d for d in range(1, jax.local_device_count() + 1) if num_pairs % d == 0)
+  checks.require(
+    num_pairs % jax.device_count() == 0,
+    "num_pairs",
+    num_pairs,
+    f"a multiple of the {jax.device_count()} devices of {jax.process_count()} processes",
+  )
+  return jax.device_count()
 
 
 def averaged(estimator: base.GradientEstimator) -> base.GradientEstimator:
@@ -62,18 +115,25 @@ def spread(function: Callable[..., tuple], devices: int) -> Callable[..., tuple]
     AXIS,
     in_axes=(None, None, 0),
     out_axes=(None, 0, None),
-    devices=jax.local_devices()[:devices],
+    devices=jax.local_devices()[:devices] if jax.process_count() == 1 else None,
     donate_argnums=2,
   )
 
 
 def split(state: base.State, devices: int) -> base.State:
-  """[N, ...] -> [D, N/D, ...]."""
-  return jax.tree.map(lambda x: jnp.reshape(x, (devices, -1, *x.shape[1:])), state)
+  """[N, ...] -> [D, N/D, ...], of several processes the rows of this one's devices."""
+  state = jax.tree.map(lambda x: jnp.reshape(x, (devices, -1, *x.shape[1:])), state)
+  if jax.process_count() == 1:
+    return state
+  first = jax.process_index() * jax.local_device_count()
+  here = jax.tree.map(lambda x: x[first : first + jax.local_device_count()], state)
+  return jax.pmap(lambda x: x, AXIS)(here)  # lays it out as `spread` wants it
 
 
 def join(state: base.State) -> base.State:
-  """[D, N/D, ...] -> [N, ...]."""
+  """[D, N/D, ...] -> [N, ...], whole in every process; of several, all have to call it."""
+  if jax.process_count() > 1:
+    state = multihost_utils.process_allgather(state, tiled=True)
   return jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), state)
 
 

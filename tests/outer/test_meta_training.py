@@ -109,15 +109,15 @@ def test_devices_do_not_matter_and_may_change(monkeypatch, num_devices):
   saved = {}
   first = trainer()
   every = meta_training.Every(3, lambda step, state: saved.update({step: first.save(state)}))
-  on_four, _ = run(first, 6, periodic=[every])
-  assert jax.tree.leaves(on_four.particles)[0].sharding.num_devices == 4
+  on_eight, _ = run(first, 6, periodic=[every])
+  assert jax.tree.leaves(on_eight.particles)[0].sharding.num_devices == 8
   devices = jax.local_devices()
   monkeypatch.setattr(jax, "local_devices", lambda: devices[:num_devices])
   monkeypatch.setattr(jax, "local_device_count", lambda: num_devices)
   fewer = trainer()
   continued, _ = run(fewer, 6, first_step=3, state=fewer.load(saved[3]))
   assert jax.tree.leaves(continued.particles)[0].shape[0] == num_devices
-  np.testing.assert_allclose(continued.theta["shift"], on_four.theta["shift"], rtol=1e-5)
+  np.testing.assert_allclose(continued.theta["shift"], on_eight.theta["shift"], rtol=1e-5)
 
 
 def test_seeds_matter():

@@ -27,7 +27,7 @@ def problem(width):
   return base.UnrolledProblem(lambda key: jax.random.randint(key, (), 3, 9), init, step)
 
 
-def parts(num_pairs=4):
+def parts(num_pairs=8):
   return {
     name: pes.build(problem(width), num_pairs=num_pairs, sigma=0.1, unroll_length=5)
     for name, width in {"narrow": 2, "wide": 7}.items()
@@ -59,7 +59,7 @@ def test_it_is_the_weighted_mean_of_its_parts():
     assert metrics["inner_steps"] == 2 * 2 * 5
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("devices", [1, 2, 8])
 def test_the_number_of_devices_does_not_matter(devices, monkeypatch):
   """The same θ on any number of devices."""
   monkeypatch.setattr(meta_training.parallel, "num_devices", lambda pairs: devices)
@@ -73,12 +73,12 @@ def test_the_number_of_devices_does_not_matter(devices, monkeypatch):
   for step in range(4):
     expected, _ = plain.advance(step, expected)
   np.testing.assert_allclose(leaves(state.theta), leaves(expected.theta), rtol=1e-4, atol=1e-6)
-  assert metrics["inner_steps"].tolist() == [4 * 2 * 2 * 5] * 4
+  assert metrics["inner_steps"].tolist() == [8 * 2 * 2 * 5] * 4
 
 
 def test_the_mean_square_gives_the_variance_of_the_mean():
   """(E|g_n|² - |g|²) / (N - 1), averaged over many mixtures, is the variance of their gradients."""
-  combined = mixture.combine(parts(num_pairs=8), WEIGHTS)
+  combined = mixture.combine(parts(), WEIGHTS)
 
   @jax.jit
   @jax.vmap
@@ -102,6 +102,6 @@ def test_weights_must_fit(weights):
 
 
 def test_parts_must_have_as_many_particles():
-  unequal = parts() | {"wide": pes.build(problem(7), num_pairs=8, sigma=0.1, unroll_length=5)}
+  unequal = parts() | {"wide": pes.build(problem(7), num_pairs=4, sigma=0.1, unroll_length=5)}
   with pytest.raises(ValueError, match="as many particles"):
     mixture.combine(unequal, WEIGHTS).init(jax.random.key(0), THETA)

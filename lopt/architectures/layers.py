@@ -1,0 +1,77 @@
+"""Networks in the layout that is fast for learned optimizers: features first, parameters last."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class LinearWeights(hk.Module):
+  """The parameters of an `hk.Linear`, for products in a layout that `hk.Linear` does not have."""
+
+  def __call__(self, fan_in: int, size: int) -> tuple[Float[Array, "fan_in size"], Float[Array, " size"]]:
+    w = hk.get_parameter("w", (fan_in, size), init=hk.initializers.TruncatedNormal(1 / math.sqrt(fan_in)))
+    return w, hk.get_parameter("b", (size,), init=jnp.zeros)
+
+
+def mlp(
+  features: tuple[Float[Array, "_ n"], ...] | Float[Array, "features n"],
+  rms: Float[Array, " features"],
+  shared: Float[Array, " shared"],
+  sizes: tuple[int, ...],
+) -> Float[Array, "outputs n"]:
+  """An MLP on each of the n parameters of a tensor: ReLU between the modules `layer_0`, `layer_1`, ...
+
+  Its inputs are a parameter's own features, divided by their root mean squares, and those that all parameters of
+  the tensor share. Activations are feature-major, [width, n], and normalisation and shared inputs enter through the
+  first layer's weights and bias instead of through n copies: the same arithmetic as a plain MLP on features + shared
+  columns, at about 1.3 times its speed.
+
+  Args:
+    features: A column for each parameter; of several arrays one below the other.
+    rms: What each row of the features is divided by.
+    shared: Inputs without a copy for each parameter.
+    sizes: Widths of the layers, the number of outputs last.
+  """
+  w, b = LinearWeights("layer_0")(len(rms) + len(shared), sizes[0])
+  weights = [(w[: len(rms)] / rms[:, None], shared @ w[len(rms) :] + b)]
+  weights += [LinearWeights(f"layer_{i}")(*fans) for i, fans in enumerate(itertools.pairwise(sizes), start=1)]
+
+  def network(*features: Float[Array, "_ n"]) -> Float[Array, "outputs n"]:
+    h = jnp.concatenate(features)
+    for i, (w, b) in enumerate(weights):
+      h = w.T @ (jax.nn.relu(h) if i else h) + b[:, None]
+    return h
+
+  return by_blocks(network, *(features if isinstance(features, tuple) else (features,)))
+
+
+# Of columns: with two hidden layers of 32 for a pair of particles the smallest block fits a cache of 1 MB. A block
+# of the largest is work enough for all cores, where one program has several.
+SMALLEST_BLOCK, LARGEST_BLOCK = 2_048, 32_768
+
+
+def by_blocks(
+  function: Callable[..., Float[Array, "outputs n"]], *features: Float[Array, "_ n"]
+) -> Float[Array, "outputs n"]:
+  """`function(*features)`, whose columns do not depend on each other, a block of columns at a time.
+
+  What it computes on the way then stays in the caches, where for a tensor of 10⁵ parameters it would not. The last
+  block begins early enough to be a whole one.
+  """
+  number = features[0].shape[1]
+  size = min(max(number // 32, SMALLEST_BLOCK), LARGEST_BLOCK)
+  if number <= 2 * size:
+    return function(*features)
+
+  def body(i, outputs):
+    start = jnp.minimum(i * size, number - size)
+    block = function(*(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in features))
+    return jax.lax.dynamic_update_slice_in_dim(outputs, block, start, axis=1)
+
+  shape = jax.eval_shape(function, *features)
+  return jax.lax.fori_loop(0, math.ceil(number / size), body, jnp.zeros(shape.shape, shape.dtype))
