@@ -4,10 +4,19 @@
 those files), and from then on only read that one file: TensorFlow is never imported, TFDS only for the first start.
 
     digits                  1,797 digits of 8x8 pixels; comes with scikit-learn, needs no network
-    mnist, fashion_mnist    70,000 images of 28x28 pixels; downloaded, or taken from $LOPT_MANUAL_DIR/<name>/
-    any other name          of the TFDS catalogue ("cifar10", "imagenet_resized/16x16"), where it stands prepared
-                            in the data directory in array_record format
-    tiny_shakespeare        1,115,394 characters of his plays; downloaded, or taken from $LOPT_MANUAL_DIR/<name>/
+    mnist, fashion_mnist,   70,000 images of 28x28 pixels each
+      kmnist
+    emnist/<form>           letters and digits of 28x28 pixels, transposed; balanced, byclass, bymerge, digits,
+                            letters or mnist
+    cifar10, cifar100       60,000 images of 32x32 pixels in colour each
+    svhn_cropped            99,289 house numbers of 32x32 pixels in colour (the 531,131 of 'extra' are left out)
+    imagenet_resized/<form> 1,331,167 images in colour; 8x8, 16x16, 32x32 or 64x64
+    tiny_shakespeare        1,115,394 characters of Shakespeare's plays
+    lm1b                    11 million characters of the One Billion Word Benchmark's news
+    any other name          of the TFDS catalogue of images, where it stands prepared in the data directory in
+                            array_record format; `python -m lopt.tasks.prepare <name>` does that with TensorFlow
+
+Except for digits, original files are downloaded, or taken from $LOPT_MANUAL_DIR/<name without form>/ where they are.
 
 `read_text` reads a text from a file instead.
 """
@@ -15,7 +24,6 @@ those files), and from then on only read that one file: TensorFlow is never impo
 import contextlib
 import difflib
 import errno
-import gzip
 import io
 import logging
 import os
@@ -34,15 +42,31 @@ import numpy as np
 from jaxtyping import Array, Int32, UInt8
 
 from lopt import files
+from lopt.tasks import originals
 
 _log = logging.getLogger(__name__)
 
 # Sets that are prepared here -> free disk space in bytes that this takes, downloads and cache included.
-_IMAGES = {"digits": 5_000_000, "mnist": 150_000_000, "fashion_mnist": 180_000_000}
-_TEXTS = {"tiny_shakespeare": 10_000_000}
+_MB = 1_000_000
+_IMAGES = {
+  "digits": 5 * _MB,
+  "mnist": 150 * _MB,
+  "fashion_mnist": 180 * _MB,
+  "kmnist": 180 * _MB,
+  **{f"emnist/{config}": 900 * _MB for config in ("balanced", "digits", "letters", "mnist")},
+  **{f"emnist/{config}": 1900 * _MB for config in ("byclass", "bymerge")},
+  "cifar10": 600 * _MB,
+  "cifar100": 600 * _MB,
+  "svhn_cropped": 1000 * _MB,
+  "imagenet_resized/8x8": 1500 * _MB,
+  "imagenet_resized/16x16": 4500 * _MB,
+  "imagenet_resized/32x32": 15_000 * _MB,
+  "imagenet_resized/64x64": 60_000 * _MB,
+}
+_TEXTS = {"tiny_shakespeare": 10 * _MB, "lm1b": 12_000 * _MB}
+_LM1B_CHARACTERS = {"train": 10_000_000, "test": 1_000_000}  # at least these are read, in whole sentences
 _CACHE = "lopt_arrays.npz"
 _IMAGE_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "num_classes")
-_TEXT_SPLITS = ("train", "validation", "test")
 _NETWORK_TIMEOUT = 5.0  # seconds
 _DIGITS_TRAIN = 1437  # four fifths of scikit-learn's 1,797
 
@@ -73,6 +97,10 @@ class Text(NamedTuple):
   alphabet: str  # all characters of the three, in the order of their code points
 
 
+class NeedsTensorFlowError(FileNotFoundError):
+  """The set is in the catalogue, but not prepared, and can only be prepared with TensorFlow."""
+
+
 def load(name: str, *, resolution: int | None = None, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
   """Loads an image-classification set as device arrays; prepares it first where that is needed.
 
@@ -81,13 +109,13 @@ def load(name: str, *, resolution: int | None = None, data_dir: str | os.PathLik
   of the official train split, and train the rest of that.
 
   Args:
-    name: `digits`, `mnist`, `fashion_mnist`, or a set of the TFDS catalogue that was prepared before.
+    name: a set of images in the list above, or one of the TFDS catalogue that was prepared before.
     resolution: images are resized to resolution x resolution pixels, each the mean of the area that it covers,
       rounded; None keeps the native size.
     data_dir: where TFDS keeps its data; None is TFDS's own default, $TFDS_DATA_DIR or ~/tensorflow_datasets.
 
-  The environment variable LOPT_MANUAL_DIR names a folder whose subfolders mnist/ and fashion_mnist/ hold the
-  original .gz files, for machines without a network.
+  The environment variable LOPT_MANUAL_DIR names a folder whose subfolders (mnist/, emnist/, …) hold the original
+  files, for machines without a network.
 
   Raises:
     ValueError: no such name, a bad resolution, or not an image-classification set.
@@ -96,18 +124,17 @@ def load(name: str, *, resolution: int | None = None, data_dir: str | os.PathLik
   """
   if resolution is not None and resolution < 1:
     raise ValueError(f"resolution={resolution}: must be at least 1 pixel, or None for the native size")
-  root = _root(data_dir)
   if name in _TEXTS:
     raise ValueError(f"dataset={name!r} is a text, not for image classification; there are: {', '.join(_IMAGES)}")
-  if not re.fullmatch(r"\w+(/\w[\w.-]*)?", name):
-    raise _unknown(name, root)
-  directory = _newest_version(root / name)
-  if directory is None:
-    if name not in _IMAGES:
-      raise _not_prepared(name, root)
-    directory = _prepare(name, root)
+  directory = prepare(name, data_dir=data_dir)
   arrays = _arrays(directory, _IMAGE_ARRAYS, lambda: _decode_images(name, directory))
 
+  if name == "emnist/letters":  # TFDS declares 37 classes; the labels are 1 to 26.
+    arrays |= {
+      "train_labels": arrays["train_labels"] - 1,
+      "test_labels": arrays["test_labels"] - 1,
+      "num_classes": 26,
+    }
   images, labels = _resize(arrays["train_images"], resolution), arrays["train_labels"]
   cut = len(labels) - len(labels) // (5 if name == "digits" else 10)
   return Dataset(
@@ -122,11 +149,15 @@ def load(name: str, *, resolution: int | None = None, data_dir: str | os.PathLik
 def load_text(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Text:
   """Loads a text as device arrays in its official splits; prepares it first where that is needed.
 
+  Of lm1b, which is prepared as a whole (30 million sentences: that takes long), it takes the first sentences in the
+  order that TFDS shuffled them into, one a line: 10 million characters for training, and of the held-out part half a
+  million each for validation and test.
+
   Args:
-    name: `tiny_shakespeare`.
+    name: `tiny_shakespeare` or `lm1b`.
     data_dir: as for `load`.
 
-  On machines without a network, $LOPT_MANUAL_DIR/tiny_shakespeare/ holds the original input.txt.
+  On machines without a network, $LOPT_MANUAL_DIR/<name>/ holds the original file.
 
   Raises:
     ValueError: no such text.
@@ -134,10 +165,27 @@ def load_text(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> T
   """
   if name not in _TEXTS:
     raise ValueError(f"dataset={name!r} is no text that this library has; there are: {', '.join(_TEXTS)}")
-  root = _root(data_dir)
-  directory = _newest_version(root / name) or _prepare(name, root)
-  arrays = _arrays(directory, _TEXT_SPLITS, lambda: _decode_text(name, directory))
-  return _encode(*(arrays[split].tobytes().decode() for split in _TEXT_SPLITS))
+  directory = prepare(name, data_dir=data_dir)
+  arrays = _arrays(directory, originals.TEXT_SPLITS, lambda: _decode_text(name, directory))
+  return _encode(*(arrays[split].tobytes().decode() for split in originals.TEXT_SPLITS))
+
+
+def prepare(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Path:
+  """Prepares a set where it is not yet; returns the folder of its newest version.
+
+  Raises:
+    NeedsTensorFlowError: `lopt.tasks.prepare` has to do it.
+    ValueError, FileNotFoundError, OSError: as for `load`.
+  """
+  root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+  if not re.fullmatch(r"\w+(/\w[\w.-]*)?", name):
+    raise _unknown(name, root)
+  directory = _newest_version(root / name)
+  if directory is None:
+    if name not in _IMAGES and name not in _TEXTS:
+      raise _not_prepared(name, root)
+    directory = _prepare(name, root)
+  return directory
 
 
 def read_text(path: str | os.PathLike[str]) -> Text:
@@ -153,14 +201,7 @@ def read_text(path: str | os.PathLike[str]) -> Text:
     raise ValueError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
   if len(text) < 20:
     raise ValueError(f"{path}: has {len(text)} characters, too few to be split")
-  return _encode(*_cut(text))
-
-
-def _cut(text: str) -> tuple[str, str, str]:
-  """The first 90% and two halves of what remains, as TFDS cuts tiny_shakespeare."""
-  train = int(len(text) * 0.9)
-  validation = train + int((len(text) - train) * 0.5)
-  return text[:train], text[train:validation], text[validation:]
+  return _encode(*originals.cut_text(text))
 
 
 def _encode(train: str, validation: str, test: str) -> Text:
@@ -171,10 +212,6 @@ def _encode(train: str, validation: str, test: str) -> Text:
     *(jnp.asarray(part, jnp.int32) for part in np.split(indices, cuts)),
     alphabet="".join(map(chr, code_points)),
   )
-
-
-def _root(data_dir: str | os.PathLike[str] | None) -> Path:
-  return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def _arrays(directory: Path, names: tuple[str, ...], decode: Callable[[], dict[str, np.ndarray]]) -> dict[str, Any]:
@@ -215,9 +252,12 @@ def _not_prepared(name: str, root: Path) -> Exception:
   configs = sorted(path.parents[1].name for path in (root / name).glob("*/*/dataset_info.json"))
   if configs:
     return ValueError(f"dataset={name!r} has several forms; prepared in {root}: {name}/{f', {name}/'.join(configs)}")
-  return FileNotFoundError(
-    f"dataset={name!r} is not prepared in {root / name}; do so once where TensorFlow is installed: "
-    f"tfds.builder({name!r}, data_dir={str(root)!r}, file_format='array_record').download_and_prepare()"
+  forms = [form for form in _IMAGES if form.startswith(f"{name.partition('/')[0]}/")]
+  if forms:
+    return ValueError(f"dataset={name!r} is none of the forms of that set: {', '.join(forms)}")
+  return NeedsTensorFlowError(
+    f"dataset={name!r} is not prepared in {root / name}; do so once: python -m lopt.tasks.prepare {name} "
+    f"--data_dir={root}"
   )
 
 
@@ -228,14 +268,15 @@ def _prepare(name: str, root: Path) -> Path:
   from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
   manual_root = os.environ.get("LOPT_MANUAL_DIR")
-  manual_dir = Path(manual_root).expanduser() / name if manual_root else None
+  set_name = name.partition("/")[0]
+  manual_dir = Path(manual_root).expanduser() / set_name if manual_root else None
   if name != "digits":
     _check_sources(name, root, manual_dir)
   size = {**_IMAGES, **_TEXTS}[name]
   staging = None
   try:
     root.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f"incomplete.{name}.", dir=root))
+    staging = Path(tempfile.mkdtemp(prefix=f"incomplete.{set_name}.", dir=root))
     if shutil.disk_usage(root).free < size:
       raise OSError(errno.ENOSPC, "full")
     builder = _builder(name, staging)
@@ -247,7 +288,7 @@ def _prepare(name: str, root: Path) -> Path:
         download_config=tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False),
       )
     directory = root / name / builder.data_path.name
-    directory.parent.mkdir(exist_ok=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
     try:
       builder.data_path.rename(directory)
     except OSError:
@@ -261,7 +302,7 @@ def _prepare(name: str, root: Path) -> Path:
     what = str(error).partition("\n")[0]
     raise OSError(
       f"dataset={name!r}: download failed ({what}); try again, or set LOPT_MANUAL_DIR to a folder that has the "
-      f"original files in {name}/"
+      f"original files in {set_name}/"
     ) from error
   except (OSError, RuntimeError) as error:
     if isinstance(error, RuntimeError) and "write() failed" not in str(error):  # that one is array_record's
@@ -277,10 +318,9 @@ def _prepare(name: str, root: Path) -> Path:
 
 def _check_sources(name: str, root: Path, manual_dir: Path | None) -> None:
   """Fails at once where TFDS would try for minutes to download what it cannot have."""
-  import tensorflow_datasets as tfds
-
-  urls = list(tfds.builder_cls(name).url_infos or ())
-  missing = [url for url in urls if manual_dir is None or not (manual_dir / _file_name(url)).is_file()]
+  missing = [
+    url for url in originals.urls(name) if manual_dir is None or not (manual_dir / originals.file_name(url)).is_file()
+  ]
   if not missing:
     return
   try:
@@ -288,22 +328,20 @@ def _check_sources(name: str, root: Path, manual_dir: Path | None) -> None:
     urllib.request.urlopen(request, timeout=_NETWORK_TIMEOUT).close()
   except OSError as error:
     where = f"in {manual_dir}" if manual_dir else "(LOPT_MANUAL_DIR is not set)"
+    host = urllib.parse.urlsplit(missing[0]).netloc
     raise FileNotFoundError(
       f"dataset={name!r} is not prepared in {root / name}, its original files are missing {where}: "
-      f"{', '.join(map(_file_name, missing))}, and {urllib.parse.urlsplit(missing[0]).netloc} cannot be reached "
-      f"({error}); connect to the network, or set LOPT_MANUAL_DIR to a folder that has them in {name}/"
+      f"{', '.join(map(originals.file_name, missing))}, and {host} cannot be reached "
+      f"({error}); connect to the network, or set LOPT_MANUAL_DIR to a folder that has them in "
+      f"{name.partition('/')[0]}/"
     ) from None
-
-
-def _file_name(url: str) -> str:
-  return url.rpartition("/")[2]
 
 
 def _builder(name: str, data_dir: Path) -> Any:
   """A TFDS builder that needs no TensorFlow."""
   if name == "digits":
     return _digits_builder(data_dir)
-  return _text_builder(name, data_dir) if name in _TEXTS else _idx_builder(name, data_dir)
+  return originals.builder(name, data_dir)
 
 
 def _digits_builder(data_dir: Path) -> Any:
@@ -346,68 +384,6 @@ def _digits_builder(data_dir: Path) -> Any:
   return Digits(data_dir=data_dir, file_format="array_record")
 
 
-def _idx_builder(name: str, data_dir: Path) -> Any:
-  """The catalogue's builder of mnist or fashion_mnist, with the three steps replaced that need TensorFlow.
-
-  These are gunzip, reading idx and encoding PNG. It writes what the unmodified builder would, which can read it.
-  """
-  import PIL.Image
-  import tensorflow_datasets as tfds
-  from tensorflow_datasets.core import registered
-
-  stock: Any = tfds.builder_cls(name)
-  with registered.skip_registration():
-
-    class Idx(stock):
-      name = stock.name
-      url_infos = stock.url_infos  # the registered check sums
-
-      def _split_generators(self, dl_manager):
-        paths = dl_manager.download({_file_name(url): url for url in self.url_infos})
-        return {
-          split: self._generate_examples(
-            paths[f"{prefix}-images-idx3-ubyte.gz"], paths[f"{prefix}-labels-idx1-ubyte.gz"]
-          )
-          for split, prefix in (("train", "train"), ("test", "t10k"))
-        }
-
-      def _generate_examples(self, images_path, labels_path):
-        # idx format: a header of 4 bytes and 4 more for each dimension, then the values; TFDS has checked the
-        # files' sha256 by now.
-        images = np.frombuffer(gzip.decompress(Path(images_path).read_bytes()), np.uint8, offset=16)
-        labels = np.frombuffer(gzip.decompress(Path(labels_path).read_bytes()), np.uint8, offset=8)
-        for index, (image, label) in enumerate(zip(images.reshape(-1, 28, 28), labels, strict=True)):
-          yield index, {"image": PIL.Image.fromarray(image), "label": int(label)}
-
-  return Idx(data_dir=data_dir, file_format="array_record")
-
-
-def _text_builder(name: str, data_dir: Path) -> Any:
-  """The catalogue's builder of a text, with reading the file replaced, which needs TensorFlow.
-
-  It writes what the unmodified builder would, which can read it: each split as one example.
-  """
-  import tensorflow_datasets as tfds
-  from tensorflow_datasets.core import registered
-
-  stock: Any = tfds.builder_cls(name)
-  with registered.skip_registration():
-
-    class OneFile(stock):
-      name = stock.name
-      pkg_dir_path = stock.pkg_dir_path  # where the description and the citation stand
-      url_infos = stock.url_infos  # the registered check sums
-
-      def _split_generators(self, dl_manager):
-        (url,) = self.url_infos
-        text = Path(dl_manager.download(url)).read_text("utf-8")
-        return {
-          split: self._generate_examples(split, part) for split, part in zip(_TEXT_SPLITS, _cut(text), strict=True)
-        }
-
-  return OneFile(data_dir=data_dir, file_format="array_record")
-
-
 def _open(name: str, directory: Path) -> Any:
   """The builder of a prepared set."""
   import tensorflow_datasets as tfds
@@ -425,8 +401,25 @@ def _open(name: str, directory: Path) -> Any:
 def _decode_text(name: str, directory: Path) -> dict[str, np.ndarray]:
   """Reads the splits of a prepared text, as their UTF-8 bytes."""
   builder = _open(name, directory)
-  texts = {split: builder.as_data_source(split)[0]["text"] for split in _TEXT_SPLITS}
+  if name == "lm1b":
+    train, held_out = (_first_lines(builder, split) for split in ("train", "test"))
+    middle = held_out.index(b"\n", len(held_out) // 2) + 1
+    texts = {"train": train, "validation": held_out[:middle], "test": held_out[middle:]}
+  else:
+    texts = {split: builder.as_data_source(split)[0]["text"] for split in originals.TEXT_SPLITS}
   return {split: np.frombuffer(text, np.uint8) for split, text in texts.items()}
+
+
+def _first_lines(builder: Any, split: str) -> bytes:
+  """Sentences of lm1b, one a line, up to the number of characters that is used of this split."""
+  source, lines, length = builder.as_data_source(split), [], 0
+  for start in range(0, len(source), 1024):
+    for example in source.__getitems__(range(start, min(start + 1024, len(source)))):
+      if length >= _LM1B_CHARACTERS[split]:
+        return b"".join(lines)
+      lines.append(example["text"] + b"\n")
+      length += len(lines[-1].decode())
+  return b"".join(lines)
 
 
 def _decode_images(name: str, directory: Path) -> dict[str, np.ndarray]:

@@ -96,25 +96,32 @@ def read_idx(path):
   return np.frombuffer(content[4 + 4 * len(dimensions) :], np.uint8).reshape(dimensions)
 
 
+def register(folder, monkeypatch):
+  """Makes the files in the folder the originals of the set that has its name, by their sizes and check sums."""
+  import tensorflow_datasets as tfds
+
+  stock: Any = tfds.builder_cls(folder.name)
+  url_infos = dict(stock.url_infos)
+  for path in folder.iterdir():
+    (url,) = (url for url in url_infos if url.endswith(f"/{path.name}"))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    url_infos[url] = dataclasses.replace(url_infos[url], size=path.stat().st_size, checksum=digest)
+  monkeypatch.setattr(stock, "url_infos", url_infos)
+  monkeypatch.setenv("LOPT_MANUAL_DIR", str(folder.parent))
+
+
 @pytest.fixture
 def small_mnist(tmp_path, monkeypatch):
   """Makes mnist a set of 120 and 30 random images: the original files take long, and not everyone has them."""
-  import tensorflow_datasets as tfds
-
-  (tmp_path / "originals" / "mnist").mkdir(parents=True)
+  folder = tmp_path / "originals" / "mnist"
+  folder.mkdir(parents=True)
   generator = np.random.default_rng(0)
-  arrays, url_infos = [], {}
-  stock: Any = tfds.builder_cls("mnist")
+  arrays = []
   for name in IDX_FILES:
     shape = (120 if "train" in name else 30, 28, 28)
     arrays.append(generator.integers(0, *((256, shape) if "images" in name else (10, shape[:1])), dtype=np.uint8))
-    path = tmp_path / "originals" / "mnist" / name
-    write_idx(path, arrays[-1])
-    (url,) = (url for url in stock.url_infos if url.endswith(name))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    url_infos[url] = dataclasses.replace(stock.url_infos[url], size=path.stat().st_size, checksum=digest)
-  monkeypatch.setattr(stock, "url_infos", url_infos)
-  monkeypatch.setenv("LOPT_MANUAL_DIR", str(tmp_path / "originals"))
+    write_idx(folder / name, arrays[-1])
+  register(folder, monkeypatch)
   return arrays
 
 
@@ -230,18 +237,11 @@ def test_a_prepared_set_that_is_no_image_classification(tmp_path):
 @pytest.fixture
 def small_shakespeare(tmp_path, monkeypatch):
   """Makes tiny_shakespeare a text of 1,003 characters, some of them of several bytes."""
-  import tensorflow_datasets as tfds
-
   text = "".join(np.random.default_rng(0).choice(list("ab Zß€\n"), 1003))
   path = tmp_path / "originals" / "tiny_shakespeare" / "input.txt"
   path.parent.mkdir(parents=True)
   path.write_bytes(text.encode())
-  stock: Any = tfds.builder_cls("tiny_shakespeare")
-  (url,) = stock.url_infos
-  digest = hashlib.sha256(path.read_bytes()).hexdigest()
-  info = dataclasses.replace(stock.url_infos[url], size=path.stat().st_size, checksum=digest)
-  monkeypatch.setattr(stock, "url_infos", {url: info})
-  monkeypatch.setenv("LOPT_MANUAL_DIR", str(tmp_path / "originals"))
+  register(path.parent, monkeypatch)
   return text
 
 
@@ -379,15 +379,15 @@ def test_unknown_name(digits_dir, name):
   with pytest.raises(ValueError, match="does not exist") as error_info:
     datasets.load(name, data_dir=digits_dir)
   message = one_line(error_info)
-  assert "There are: digits, fashion_mnist, mnist" in message
+  assert "There are: cifar10, cifar100, digits, emnist/balanced" in message
   assert str(digits_dir) in message
   assert ("did you mean 'digits'?" in message) == ("digit" in name)
 
 
 def test_a_catalogue_set_that_is_not_prepared(tmp_path):
-  with pytest.raises(FileNotFoundError, match="'cifar10' is not prepared in ") as error_info:
-    datasets.load("cifar10", data_dir=tmp_path)
-  assert f"tfds.builder('cifar10', data_dir='{tmp_path}', file_format='array_record')" in one_line(error_info)
+  with pytest.raises(FileNotFoundError, match="'stl10' is not prepared in ") as error_info:
+    datasets.load("stl10", data_dir=tmp_path)
+  assert f"python -m lopt.tasks.prepare stl10 --data_dir={tmp_path}" in one_line(error_info)
 
 
 def test_a_set_with_configurations(digits_dir):
