@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE := --universal --fork-strategy fewest --python-version 3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help meta-train evaluate paper test check format requirements clean
+.PHONY: help meta-train evaluate architectures bench paper test check format requirements clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -19,6 +19,14 @@ meta-train: .venv/runtime  ## meta-train an optimizer on digits (or CONFIG=..., 
 
 evaluate: .venv/runtime  ## compare the optimizer trained in WORKDIR with tuned baselines on held-out tasks
 	$(BIN)/python experiments/evaluate.py --optimizer=$(WORKDIR)
+
+architectures: .venv/runtime  ## meta-train each architecture for a minute or so and compare it with its first weights
+	$(BIN)/python experiments/architectures.py
+
+bench: .venv/runtime  ## measure speed and memory of all architectures into runs/benchmarks/
+	$(BIN)/python experiments/benchmarks/throughput.py
+	$(BIN)/python experiments/benchmarks/update_cost.py --only='/[4-7]$$'
+	$(BIN)/python experiments/benchmarks/scaling.py
 
 paper: .venv/runtime  ## run the eight experiments of the PES paper (SCALE=full: its sizes) into runs/paper/index.html
 	$(BIN)/python experiments/paper/run_all.py --scale=$(SCALE)
