@@ -23,6 +23,8 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)  # virtual devices, so that what depends on their number is tested
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of the time of these tests is compiling, and this takes 40% off it. Scripts that tests start are as for users.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # Every jaxtyping annotation of the package is checked when its function is called. A module imported before the
 # hook would go unchecked.
