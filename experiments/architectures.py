@@ -2,11 +2,11 @@
 
     python experiments/architectures.py [--only=mlp,celo]
 
-Takes about ten minutes on 2 CPU cores. A row for each file of lopt/architectures/: meta-parameters, bytes of state
+Takes five minutes on 2 CPU cores. A row for each file of lopt/architectures/: meta-parameters, bytes of state
 and floating-point operations of an update for each inner parameter (counted on a 64 × 32 matrix: the operations of
 the compiled update, and its state), and the mean training loss over 100 steps of held-out tasks, before meta-training
 and after 300 outer steps of PES, with 2 standard errors over tasks. Ends with an error unless each loss has become at
-least 1.3 times smaller.
+least 4 times smaller (`hyperparameters`, which starts as SGD with momentum: 1.3 times).
 """
 
 import sys
@@ -26,7 +26,8 @@ from lopt.outer import meta_training, parallel, pes
 ONLY = flags.DEFINE_list("only", None, "These architectures only.")
 OUTPUT = flags.DEFINE_string("output", "runs/architectures", "Folder of the table.")
 
-FACTOR = 1.3
+FACTOR = 4.0
+FACTORS = {"hyperparameters": 1.3}  # which starts as SGD with momentum, not as a network that does not train yet
 OUTER_STEPS = 300
 STEPS_PER_CALL = 10
 NUM_STEPS = 100
@@ -89,13 +90,13 @@ def main(argv: list[str]) -> None:
     cells = [f"{m:.3f} ± {e:.3f}" for m, e in zip(losses.mean(axis=0), error, strict=True)]
     seconds = time.perf_counter() - begun
     rows.append([name, f"{size:,}", f"{state_bytes:.1f}", f"{flops:,.0f}", *cells, f"{ratio:.2f}", f"{seconds:.0f}"])
-    failed += [name] if not ratio >= FACTOR else []
+    failed += [name] if not ratio >= FACTORS.get(name, FACTOR) else []
   table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
   path = Path(OUTPUT.value) / "table.md"
   files.write_atomically(path, table + "\n")
   print(f"\n{table}\n\nThe table is in {path}.")
   if failed:
-    sys.exit(f"architectures.py: not {FACTOR} times better than before meta-training: {', '.join(failed)}")
+    sys.exit(f"architectures.py: not as much better than before meta-training as they should be: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
