@@ -4,6 +4,7 @@ L. Metz, N. Maheswaranathan, J. Nixon, C. D. Freeman, J. Sohl-Dickstein, "Unders
 the training of learned optimizers", ICML 2019.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -54,7 +55,7 @@ def build(
   if not hidden_sizes or min(hidden_sizes) < 1:
     raise ValueError(f"hidden_sizes: needs one or more widths of at least 1, not {hidden_sizes}")
 
-  net = hk.without_apply_rng(hk.transform(lambda *inputs: layers.mlp(*inputs, (*hidden_sizes, 2))))
+  net = hk.without_apply_rng(hk.transform(functools.partial(layers.mlp, sizes=(*hidden_sizes, 2))))
 
   def init(key: base.PRNGKey) -> base.Theta:
     return net.init(key, jnp.ones((8, 1)), jnp.ones(8), jnp.ones(11))
