@@ -32,6 +32,13 @@ assert not any(name.split(".")[0] == "lopt" for name in sys.modules)
 _hook = install_import_hook("lopt", "beartype.beartype")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+  """Which would add up to gigabytes."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _remove_temporary_folder():
   yield

@@ -14,7 +14,9 @@ from lopt.outer import pes
 ARCHITECTURES = configuration.choices("architectures")
 FAMILIES = configuration.choices("tasks")
 STEPS = 200
-STEEP = {"surfaces"}  # where an optimizer that is not trained yet may well diverge, SGD at its initial rate for one
+STEEP = {"surfaces", "mlp_vae"}  # where an optimizer that is not trained yet may well diverge
+MANY_OPERATIONS = {"adafactor_mlp", "celo", "hierarchical_rnn", "neural_adam"}
+MANY_ARRAYS = {"resnet_classifier", "vision_transformer", "transformer_language_model"}
 NEEDS_FILES = {"rnn_language_model", "transformer_language_model"}  # a text, that does not come with a package
 
 
@@ -37,8 +39,15 @@ def family():
   return build
 
 
-@pytest.mark.parametrize("task", FAMILIES)
-@pytest.mark.parametrize("optimizer", ARCHITECTURES)
+def every_pair():
+  """Architectures and families; slow are pairs whose many arrays take half a minute to compile."""
+  for optimizer in ARCHITECTURES:
+    for task in FAMILIES:
+      slow = optimizer in MANY_OPERATIONS and task in MANY_ARRAYS
+      yield pytest.param(optimizer, task, marks=[pytest.mark.slow] if slow else [], id=f"{optimizer}-{task}")
+
+
+@pytest.mark.parametrize(("optimizer", "task"), list(every_pair()))
 def test_any_architecture_trains_any_family(optimizer, task, family):
   """A pair of runs of 200 inner steps that do not diverge, and their meta-gradient."""
   learned = architecture(optimizer)

@@ -92,7 +92,7 @@ def test_two_processes_find_what_one_does_and_one_continues_what_two_began(envir
     np.testing.assert_allclose(array, expected[name], rtol=1e-3, atol=1e-4 * np.abs(expected[name]).max())
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_death_of_one_process_ends_the_other_with_a_message(environment, tmp_path, killed):
   processes = start_two(environment, tmp_path, changes=["num_outer_steps=200000", "periodic_evaluation.every=200000"])
   deadline = time.monotonic() + 240

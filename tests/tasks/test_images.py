@@ -73,7 +73,7 @@ def test_activations_are_cut_to_a_width():
     for i, (name, function) in enumerate(images.ACTIVATIONS.items()):
       names = tuple(images.ACTIVATIONS)
       y = images.choose_activation(names, jnp.int32(i), jnp.float32(fraction))(x)
-      np.testing.assert_allclose(y[:, :kept], function(x)[:, :kept], rtol=1e-6, err_msg=name)
+      np.testing.assert_allclose(y[:, :kept], function(x)[:, :kept], rtol=1e-6, atol=1e-6, err_msg=name)
       assert np.all(y[:, kept:] == 0)
 
 
