@@ -140,9 +140,9 @@ def full_bptt(problem):
 
 
 # Compiling derivatives of replicated windows takes long, so for these some unroll lengths wait for `pytest -m slow`.
-EXPENSIVE = {"gpes", "pes+analytic", "uoro"}
+EXPENSIVE = {"pes+analytic", "uoro"}
 GRID = [
-  pytest.param(name, k, marks=[pytest.mark.slow] if name in EXPENSIVE and k != 3 else [])
+  pytest.param(name, k, marks=[pytest.mark.slow] if name in EXPENSIVE and k not in (1, 3) else [])
   for name in ONLINE
   for k in UNROLLS
 ]
