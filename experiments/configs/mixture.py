@@ -3,7 +3,12 @@
     python experiments/meta_train.py --config=experiments/configs/mixture.py --workdir=runs/mixture
 
 Small classifiers of digits (wide, deep, with noisy labels and little data), some reparametrised, and closed-form
-surfaces; needs no network. What is held out from it, and along which axes: `suites.py`.
+surfaces; needs no network. What is held out from it, and along which axes: `../suites.py`.
+
+Takes: about a quarter of an hour on 2 CPU cores (estimated from 300 outer steps, which took two and a half minutes,
+and a minute and a half for the comparison). Result of these 300 outer steps, on 2 held-out tasks a family: as good as
+tuned Adam on the plain and the noisy classifiers, worse on the deep ones and on surfaces, and all runs diverge on the
+reparametrised ones, for which this architecture's steps have one size for all tensors.
 """
 
 import pathlib
