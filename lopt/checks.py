@@ -1,5 +1,7 @@
 """Checks of settings, whose errors name the field, its value and what it must be."""
 
+from collections.abc import Collection
+
 
 def counts(**values: int) -> None:
   """Raises ValueError that names the first count below 1."""
@@ -12,3 +14,13 @@ def require(condition: bool, name: str, value: object, what: str) -> None:
   """Raises ValueError that says what `name` must be, unless the condition holds."""
   if not condition:
     raise ValueError(f"{name}={value!r}: must be {what}")
+
+
+def one_of(name: str, value: object, known: Collection[str]) -> None:
+  """Raises ValueError that lists what is known, unless the value is one of it."""
+  require(value in known, name, value, f"one of {', '.join(known)}")
+
+
+def some_of(name: str, chosen: Collection[str], known: Collection[str]) -> None:
+  """Raises ValueError that lists what is known, unless there is a choice and all of it is known."""
+  require(len(chosen) > 0 and set(chosen) <= set(known), name, chosen, f"one or more of {', '.join(known)}")

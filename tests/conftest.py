@@ -5,6 +5,7 @@ machine, nothing is written outside temporary folders.
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 # Before anything imports matplotlib, wandb or tfds, which read these once.
 _folder = tempfile.TemporaryDirectory(prefix="lopt-tests-")
@@ -43,3 +44,46 @@ def _forget_compiled_programs():
 def _remove_temporary_folder():
   yield
   _folder.cleanup()
+
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+  "seed": 3,
+  "num_outer_steps": 60,
+  "log_every": 2,
+  "task.dimension": 4,
+  "architecture.hidden_sizes": (4,),
+  "estimator.num_pairs": 4,
+  "estimator.unroll_length": 5,
+  "horizon.minimum": 10,
+  "horizon.maximum": 20,
+  "outer_optimizer.warmup_steps": 5,
+  "periodic_evaluation.every": 30,
+  "periodic_evaluation.num_tasks": 2,
+  "periodic_evaluation.num_seeds": 1,
+  "periodic_evaluation.num_steps": 10,
+  "evaluation.num_tasks": 2,
+  "evaluation.num_seeds": 2,
+  "evaluation.num_steps": 10,
+  "checkpoint.every": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+  """That of a new user, but for programs compiled by one test that the next can use."""
+  cache = tmp_path_factory.mktemp("compiled")
+  return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="session")
+def meta_train():
+  """Makes the command line of a meta-training; that of quadratics is tiny."""
+
+  def command(workdir, *flags, config="quadratics.py", **changes):
+    script, path = ROOT / "experiments" / "meta_train.py", ROOT / "experiments" / "configs" / config
+    fields = {**(TINY if config == "quadratics.py" else {}), **changes}
+    changed = [f"--config.{name}={value}" for name, value in fields.items()]
+    return [sys.executable, str(script), f"--config={path}", f"--workdir={workdir}", *flags, *changed]
+
+  return command

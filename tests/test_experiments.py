@@ -1,7 +1,6 @@
 """The two scripts as their users run them: in a process of their own, killed, continued, misused."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -16,49 +15,10 @@ import safetensors.numpy
 import lopt
 
 ROOT = Path(__file__).parent.parent
-TINY = {
-  "seed": 3,
-  "num_outer_steps": 60,
-  "log_every": 2,
-  "task.dimension": 4,
-  "architecture.hidden_sizes": (4,),
-  "estimator.num_pairs": 4,
-  "estimator.unroll_length": 5,
-  "horizon.minimum": 10,
-  "horizon.maximum": 20,
-  "outer_optimizer.warmup_steps": 5,
-  "periodic_evaluation.every": 30,
-  "periodic_evaluation.num_tasks": 2,
-  "periodic_evaluation.num_seeds": 1,
-  "periodic_evaluation.num_steps": 10,
-  "evaluation.num_tasks": 2,
-  "evaluation.num_seeds": 2,
-  "evaluation.num_steps": 10,
-  "checkpoint.every": 4,
-}
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-  """That of a new user, but for programs compiled by one test that the next can use."""
-  cache = tmp_path_factory.mktemp("compiled")
-  return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
-
-
-def command(script, *flags, **fields):
-  config = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
-  return [sys.executable, str(ROOT / "experiments" / script), *flags, *config]
-
-
-def meta_train(workdir, *flags, config="quadratics.py", **changes):
-  tiny = TINY if config.startswith("quadratics") else {}
-  return command(
-    "meta_train.py",
-    f"--config={ROOT}/experiments/configs/{config}",
-    f"--workdir={workdir}",
-    *flags,
-    **{**tiny, **changes},
-  )
+def evaluate(*flags):
+  return [sys.executable, str(ROOT / "experiments" / "evaluate.py"), *flags]
 
 
 def run(arguments, environment, folder):
@@ -66,7 +26,7 @@ def run(arguments, environment, folder):
 
 
 @pytest.fixture(scope="module")
-def finished(environment, tmp_path_factory):
+def finished(environment, meta_train, tmp_path_factory):
   """A run from beginning to end."""
   folder = tmp_path_factory.mktemp("run")
   result = run(meta_train(folder / "run"), environment, folder)
@@ -95,7 +55,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
 
 @pytest.mark.parametrize("patience", [0.0, 0.4, 1.1])
-def test_a_killed_run_continues_bit_for_bit(finished, environment, tmp_path, patience):
+def test_a_killed_run_continues_bit_for_bit(finished, environment, meta_train, tmp_path, patience):
   """Killed by -9 some time after the first checkpoint, wherever it hits; then the same command again."""
   workdir, _ = finished
   process = subprocess.Popen(
@@ -123,7 +83,7 @@ def test_a_killed_run_continues_bit_for_bit(finished, environment, tmp_path, pat
 def test_a_trained_optimizer_is_evaluated_again(finished, environment, tmp_path):
   """With the same settings the numbers are those of the run; with others, other runs."""
   workdir, _ = finished
-  result = run(command("evaluate.py", f"--optimizer={workdir}", f"--output={tmp_path}/again"), environment, tmp_path)
+  result = run(evaluate(f"--optimizer={workdir}", f"--output={tmp_path}/again"), environment, tmp_path)
   assert result.returncode == 0, result.stderr
   before = json.loads((workdir / "comparison.json").read_text())["optimizers"]
   after = json.loads((tmp_path / "again" / "comparison.json").read_text())["optimizers"]
@@ -156,13 +116,13 @@ def fails_with(result, line):
     ({"task.dimenson": 1}, "dimenson"),
   ],
 )
-def test_bad_configurations_are_refused_in_one_line(environment, tmp_path, changes, line):
+def test_bad_configurations_are_refused_in_one_line(environment, meta_train, tmp_path, changes, line):
   result = run(meta_train(tmp_path / "run", **changes), environment, tmp_path)
   assert fails_with(result, line)
   assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_data_set_is_refused_in_one_line(environment, tmp_path):
+def test_a_missing_data_set_is_refused_in_one_line(environment, meta_train, tmp_path):
   """As for a user without a network who has no files."""
   isolated = {name: value for name, value in environment.items() if name != "LOPT_MANUAL_DIR"}
   isolated |= {
@@ -176,7 +136,7 @@ def test_a_missing_data_set_is_refused_in_one_line(environment, tmp_path):
   assert time.monotonic() - begun < 60
 
 
-def test_a_work_directory_of_another_configuration_is_refused(finished, environment, tmp_path):
+def test_a_work_directory_of_another_configuration_is_refused(finished, environment, meta_train, tmp_path):
   workdir, _ = finished
   sigma: dict = {"estimator.sigma": 0.5}
   result = run(meta_train(workdir, **sigma), environment, tmp_path)
@@ -185,7 +145,7 @@ def test_a_work_directory_of_another_configuration_is_refused(finished, environm
   )
 
 
-def test_checkpoints_without_their_configuration_are_refused(finished, environment, tmp_path):
+def test_checkpoints_without_their_configuration_are_refused(finished, environment, meta_train, tmp_path):
   workdir, _ = finished
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / "checkpoints").symlink_to(workdir / "checkpoints")
@@ -195,17 +155,17 @@ def test_checkpoints_without_their_configuration_are_refused(finished, environme
 
 def test_optimizers_of_one_name_and_none_are_refused(finished, environment, tmp_path):
   workdir, _ = finished
-  result = run(command("evaluate.py", f"--optimizer={workdir},{workdir}"), environment, tmp_path)
+  result = run(evaluate(f"--optimizer={workdir},{workdir}"), environment, tmp_path)
   assert fails_with(result, "two would have the same name in tables: run, run")
-  result = run(command("evaluate.py", "--optimizer="), environment, tmp_path)
+  result = run(evaluate("--optimizer="), environment, tmp_path)
   assert fails_with(result, "--optimizer: names no file")
-  result = run(command("evaluate.py", f"--optimizer={workdir}", "stray"), environment, tmp_path)
+  result = run(evaluate(f"--optimizer={workdir}", "stray"), environment, tmp_path)
   assert fails_with(result, "unexpected argument: stray")
 
 
 def test_foreign_optimizers_are_refused(environment, tmp_path):
-  result = run(command("evaluate.py", f"--optimizer={tmp_path}"), environment, tmp_path)
+  result = run(evaluate(f"--optimizer={tmp_path}"), environment, tmp_path)
   assert fails_with(result, "no such file; expected a trained optimizer")
   (tmp_path / "noise.safetensors").write_bytes(bytes(range(256)))
-  result = run(command("evaluate.py", f"--optimizer={tmp_path}/noise.safetensors"), environment, tmp_path)
+  result = run(evaluate(f"--optimizer={tmp_path}/noise.safetensors"), environment, tmp_path)
   assert fails_with(result, "damaged, or not a safetensors file")

@@ -1,13 +1,10 @@
 """Meta-training in two processes on this machine, as a user starts them on two machines."""
 
-import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,59 +12,48 @@ import safetensors.numpy
 
 from lopt import checkpoints
 
-ROOT = Path(__file__).parent.parent
-TINY = (
-  "num_outer_steps=40",
-  "log_every=2",
-  "task.dimension=4",
-  "architecture.hidden_sizes=(4,)",
-  "estimator.num_pairs=8",
-  "estimator.unroll_length=5",
-  "horizon.minimum=10",
-  "horizon.maximum=20",
-  "outer_optimizer.warmup_steps=5",
-  "periodic_evaluation.every=20",
-  "periodic_evaluation.num_tasks=1",
-  "periodic_evaluation.num_seeds=1",
-  "periodic_evaluation.num_steps=10",
-  "evaluation.num_tasks=1",
-  "evaluation.num_seeds=1",
-  "evaluation.num_steps=10",
-  "checkpoint.every=10",
-)
+CHANGES = {
+  "num_outer_steps": 40,
+  "estimator.num_pairs": 8,
+  "periodic_evaluation.every": 20,
+  "periodic_evaluation.num_tasks": 1,
+  "evaluation.num_tasks": 1,
+  "evaluation.num_seeds": 1,
+  "checkpoint.every": 10,
+}
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-  cache = tmp_path_factory.mktemp("compiled")
-  return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+@pytest.fixture
+def start(environment, meta_train):
+  def run(workdir, *flags, **changes):
+    command = meta_train(workdir, *flags, **{**CHANGES, **changes})
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+  return run
 
 
-def start(environment, workdir, *flags, changes=()):
-  config = f"--config={ROOT}/experiments/configs/quadratics.py"
-  fields = [f"--config.{field}" for field in (*TINY, *changes)]
-  command = [sys.executable, f"{ROOT}/experiments/meta_train.py", config, f"--workdir={workdir}", *fields, *flags]
-  return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start_two(start):
+  def run(workdir, **changes):
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = [f"--coordinator={address}", "--num_processes=2"]
+    return [start(workdir, *flags, f"--process_id={i}", **changes) for i in range(2)]
 
-
-def start_two(environment, workdir, changes=()):
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
-  flags = [f"--coordinator={address}", "--num_processes=2"]
-  return [start(environment, workdir, *flags, f"--process_id={i}", changes=changes) for i in range(2)]
+  return run
 
 
 def theta(workdir):
   return safetensors.numpy.load_file(workdir / "optimizer.safetensors")
 
 
-def test_two_processes_find_what_one_does_and_one_continues_what_two_began(environment, tmp_path):
+def test_two_processes_find_what_one_does_and_one_continues_what_two_began(start, start_two, tmp_path):
   """The same θ up to the order of sums; only the first process speaks and writes; checkpoints fit any number."""
-  alone = start(environment, tmp_path / "alone")
+  alone = start(tmp_path / "alone")
   assert alone.communicate(timeout=300)[1] is not None
   assert alone.returncode == 0
-  first, second = start_two(environment, tmp_path / "two")
+  first, second = start_two(tmp_path / "two")
   output, errors = first.communicate(timeout=300)
   assert first.returncode == 0, errors
   assert output.rstrip().endswith("(num_steps=...).")
@@ -85,7 +71,7 @@ def test_two_processes_find_what_one_does_and_one_continues_what_two_began(envir
   folder = tmp_path / "two" / "checkpoints"
   (folder / "40").rename(tmp_path / "40")
   (tmp_path / "two" / "optimizer.safetensors").unlink()
-  continued = start(environment, tmp_path / "two")
+  continued = start(tmp_path / "two")
   _, errors = continued.communicate(timeout=300)
   assert continued.returncode == 0, errors
   for name, array in theta(tmp_path / "two").items():
@@ -93,8 +79,8 @@ def test_two_processes_find_what_one_does_and_one_continues_what_two_began(envir
 
 
 @pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_the_death_of_one_process_ends_the_other_with_a_message(environment, tmp_path, killed):
-  processes = start_two(environment, tmp_path, changes=["num_outer_steps=200000", "periodic_evaluation.every=200000"])
+def test_the_death_of_one_process_ends_the_other_with_a_message(start_two, tmp_path, killed):
+  processes = start_two(tmp_path, **{"num_outer_steps": 200_000, "periodic_evaluation.every": 200_000})
   deadline = time.monotonic() + 240
   while checkpoints.latest_step(tmp_path) is None:
     assert time.monotonic() < deadline
@@ -116,8 +102,8 @@ def test_the_death_of_one_process_ends_the_other_with_a_message(environment, tmp
     (["--coordinator=127.0.0.1:1", "--num_processes=2"], "--coordinator: needs --process_id too"),
   ],
 )
-def test_half_a_connection_is_said(environment, tmp_path, flags, message):
-  process = start(environment, tmp_path, *flags)
+def test_half_a_connection_is_said(start, tmp_path, flags, message):
+  process = start(tmp_path, *flags)
   _, errors = process.communicate(timeout=120)
   assert process.returncode == 1
   assert errors.strip().splitlines()[-1].startswith(f"meta_train.py: {message}")

@@ -20,6 +20,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
+from lopt.architectures import summaries
 
 TIME_SCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)  # inner steps
 
@@ -33,23 +34,6 @@ class AdafactorMLPState(NamedTuple):
   factored: base.PyTree
   """For each tensor (R, C), second moments averaged along one axis, of size 1 then, with the decays on a leading
   axis; (V,) of the tensor's own shape if it has fewer than two axes."""
-
-
-def _factored_axes(shape: tuple[int, ...]) -> tuple[int, int] | None:
-  """The second largest and the largest axis (of equal ones the later is the larger); None below two axes."""
-  if len(shape) < 2:
-    return None
-  second, largest = np.argsort(shape, kind="stable")[-2:]
-  return int(second), int(largest)
-
-
-def _square_means(g: Float[Array, "..."]) -> tuple[Float[Array, "..."], ...]:
-  """g² averaged along the largest and along the second largest axis, with axes of size 1; (g²,) below two axes."""
-  axes = _factored_axes(g.shape)
-  if axes is None:
-    return (jnp.square(g),)
-  second, largest = axes
-  return tuple(jnp.mean(jnp.square(g), axis=axis, keepdims=True) for axis in (largest, second))
 
 
 def _mean(x: Float[Array, "features ..."]) -> Float[Array, " features"]:
@@ -166,7 +150,8 @@ def build(
         momenta=jax.tree.map(lambda p: jnp.zeros((k, *p.shape), p.dtype), params),
         second_moment=jax.tree.map(jnp.zeros_like, params),
         factored=jax.tree.map(
-          lambda p: tuple(jnp.zeros((k, *x.shape), x.dtype) for x in jax.eval_shape(_square_means, p)), params
+          lambda p: tuple(jnp.zeros((k, *x.shape), x.dtype) for x in jax.eval_shape(summaries.mean_squares, p)),
+          params,
         ),
       )
 
@@ -193,7 +178,7 @@ def build(
       else:
         row, column = factored
         # `row` has size 1 along the largest axis, so its mean along both axes is that along the second largest.
-        mean_row = jnp.mean(row, axis=[1 + axis for axis in _factored_axes(g.shape) or ()], keepdims=True)
+        mean_row = jnp.mean(row, axis=[1 + axis for axis in summaries.factored_axes(g.shape)], keepdims=True)
         relative_row = row / (mean_row + 1e-9)
         factors_g = factors_m = [jax.lax.rsqrt(jnp.maximum(x, 1e-9)) for x in (relative_row, column)]
         side = weighted_side(row, w["row"], w["row_rsqrt"]) + weighted_side(column, w["column"], w["column_rsqrt"])
@@ -223,7 +208,8 @@ def build(
       )
       factored = jax.tree.map(
         lambda g, averages: tuple(
-          accumulate(average, x, factored_gains) for average, x in zip(averages, _square_means(g), strict=True)
+          accumulate(average, x, factored_gains)
+          for average, x in zip(averages, summaries.mean_squares(g), strict=True)
         ),
         updates,
         state.factored,

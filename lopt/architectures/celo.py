@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -28,7 +27,7 @@ class CeloState(NamedTuple):
   count: Int[Array, ""]  # inner steps taken
   moments: summaries.Moments
   factored: list[tuple[Array, ...]]
-  """Moving averages of `_mean_squares`, with the three decays on a leading axis."""
+  """Moving averages of `summaries.mean_squares`, with the three decays on a leading axis."""
   losses: summaries.LossHistory
   lstm: hk.LSTMState
 
@@ -126,7 +125,7 @@ def build(
       return CeloState(
         jnp.zeros((), jnp.int32),
         summaries.no_moments(params),
-        [tuple(jnp.zeros((3, *x.shape), x.dtype) for x in _mean_squares(jnp.zeros_like(p))) for p in leaves],
+        [tuple(jnp.zeros((3, *x.shape), x.dtype) for x in summaries.mean_squares(jnp.zeros_like(p))) for p in leaves],
         summaries.no_losses(),
         initial_lstm(len(leaves)),
       )
@@ -138,7 +137,9 @@ def build(
         raise ValueError(f"the Celo optimizer needs {missing}: call update(gradients, state, params, value=loss)")
       gradients, structure = jax.tree.flatten(updates)
       moments = summaries.accumulate(state.moments, updates)
-      factored = [_accumulate(old, _mean_squares(g)) for old, g in zip(state.factored, gradients, strict=True)]
+      factored = [
+        _accumulate(old, summaries.mean_squares(g)) for old, g in zip(state.factored, gradients, strict=True)
+      ]
       losses, of_loss = summaries.observe(state.losses, jnp.asarray(value), state.count)
       momenta, second = summaries.corrected(moments, state.count + 1)
       tensors = list(zip(jax.tree.leaves(params), gradients, momenta, second, strict=True))
@@ -160,19 +161,6 @@ def build(
   return base.LearnedOptimizer(init, transform)
 
 
-def _factored_axes(shape: tuple[int, ...]) -> tuple[int, int]:
-  """The largest axis and the second largest; of equal ones the later is the larger."""
-  second_largest, largest = np.argsort(shape, kind="stable")[-2:]
-  return int(largest), int(second_largest)
-
-
-def _mean_squares(g: Float[Array, "*shape"]) -> tuple[Array, ...]:
-  """g² averaged along the largest and along the second largest axis, kept with size 1; g² itself below two axes."""
-  if g.ndim < 2:
-    return (jnp.square(g),)
-  return tuple(jnp.mean(jnp.square(g), axis=axis, keepdims=True) for axis in _factored_axes(g.shape))
-
-
 def _accumulate(averages: tuple[Array, ...], squares: tuple[Array, ...]) -> tuple[Array, ...]:
   return tuple(
     jnp.stack([beta * old[i] + (1 - beta) * new for i, beta in enumerate(FACTORED_DECAYS)])
@@ -188,7 +176,7 @@ def _features(p: Array, g: Array, m: Array, v: Array, factored: tuple[Array, ...
     ratio = 1 / sides[0]
     sides = 2 * sides
   else:
-    _, second_largest = _factored_axes(p.shape)
+    _, second_largest = summaries.factored_axes(p.shape)
     mean = jnp.mean(jnp.square(sides[0]), axis=1 + second_largest, keepdims=True)
     ratio = jnp.sqrt(mean) / (sides[0] * sides[1])
   g, p = g[None], p[None]

@@ -66,8 +66,8 @@ def build(
     ValueError: For an unknown name or a value out of range; by the transformation, when parameters do not have
       `num_blocks` arrays.
   """
-  checks.require(optimizer in get_args(Optimizer), "optimizer", optimizer, f"one of {', '.join(get_args(Optimizer))}")
-  checks.require(schedule in get_args(Schedule), "schedule", schedule, f"one of {', '.join(get_args(Schedule))}")
+  checks.one_of("optimizer", optimizer, get_args(Optimizer))
+  checks.one_of("schedule", schedule, get_args(Schedule))
   checks.require(num_blocks is None or num_blocks >= 1, "num_blocks", num_blocks, "at least 1, or None")
   positive = {"learning_rate": learning_rate, "final_learning_rate": final_learning_rate, "power": power}
   for name, value in positive.items():

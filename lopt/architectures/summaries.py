@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lopt import base
@@ -115,6 +116,20 @@ def root(x: Float[Array, "rows *shape"]) -> Float[Array, "rows *shape"]:
   """
   mean = jnp.mean(x, axis=range(1, x.ndim), keepdims=True)
   return jnp.sqrt(x + 1e-6 * mean + EPSILON)
+
+
+def factored_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The largest axis and the second largest, of equal ones the later as the larger; none below two axes."""
+  return tuple(int(axis) for axis in np.argsort(shape, kind="stable")[:-3:-1]) if len(shape) > 1 else ()
+
+
+def mean_squares(g: Float[Array, "*shape"]) -> tuple[Array, ...]:
+  """g² averaged along the largest and along the second largest axis, kept with size 1; g² itself below two axes.
+
+  What N. Shazeer, M. Stern, "Adafactor: Adaptive learning rates with sublinear memory cost", ICML 2018, keep of g².
+  """
+  axes = factored_axes(g.shape)
+  return tuple(jnp.mean(jnp.square(g), axis=axis, keepdims=True) for axis in axes) if axes else (jnp.square(g),)
 
 
 def parameter_scale(parameter: Array, floor: float) -> base.Scalar:

@@ -145,8 +145,8 @@ def family(
     FileNotFoundError, OSError: the data set cannot be had; see `lopt.tasks.datasets.load`.
   """
   checks.require(batch_size >= 1, "batch_size", batch_size, "at least 1")
-  images.check_activations(activations)
-  images.check_losses(losses, LOSSES)
+  checks.some_of("activations", activations, images.ACTIVATIONS)
+  checks.some_of("losses", losses, LOSSES)
   checks.require(min_classes >= 2, "min_classes", min_classes, "at least 2")
   checks.require(
     max_classes is None or max_classes >= min_classes,
@@ -189,9 +189,9 @@ def family(
     optional["width_fraction"] = lambda u, _: ranges.log_uniform(u, width_fraction)
   if label_noise is not None:
     # 2²³ is how many values a uniform float32 has.
-    optional["label_noise"] = lambda u, v: LabelNoise(_between(u, label_noise), (v * 2**23).astype(jnp.uint32))
+    optional["label_noise"] = lambda u, v: LabelNoise(ranges.between(u, label_noise), (v * 2**23).astype(jnp.uint32))
   if input_noise is not None:
-    optional["input_noise"] = lambda u, _: _between(u, input_noise)
+    optional["input_noise"] = lambda u, _: ranges.between(u, input_noise)
   if data_fraction is not None:
     optional["subset"] = lambda u, v: Subset(ranges.log_uniform(u, data_fraction), v)
 
@@ -214,8 +214,7 @@ def family(
     return images.scale_weights(params, task_params.weight_scale)
 
   def batch(key: base.PRNGKey, task_params: Task, split: str) -> Examples:
-    if split not in splits:
-      raise ValueError(f"split={split!r}: must be one of {', '.join(splits)}")
+    checks.one_of("split", split, splits)
     train = split == "train"
     pixels, offsets, counts = splits[split]
     noise = None
@@ -256,10 +255,6 @@ def family(
 
   jax.eval_shape(lambda key: init(key, sample(key)), jax.random.key(0))  # a network that cannot be built says so now
   return base.TaskFamily(sample, init, batch, loss, normalize, LOSS_CAP)
-
-
-def _between(uniform: base.Scalar, bounds: tuple[float, float]) -> base.Scalar:
-  return bounds[0] + (bounds[1] - bounds[0]) * uniform
 
 
 def _index(task_params: Task) -> Int[Array, ""]:

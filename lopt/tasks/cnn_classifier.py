@@ -41,7 +41,7 @@ def build(
     FileNotFoundError, OSError: the data set cannot be had; see `lopt.tasks.datasets.load`.
   """
   checks.require(len(channels) > 0 and min(channels) >= 1, "channels", channels, "one or more numbers of at least 1")
-  checks.require(pooling in ("mean", "flatten"), "pooling", pooling, "mean or flatten")
+  checks.one_of("pooling", pooling, ("mean", "flatten"))
 
   def network(inputs, activate, num_outputs):
     x = inputs

@@ -76,8 +76,7 @@ def draw_pixels(key: base.PRNGKey, pixels: Pixels, split: str, batch_size: int) 
   Raises:
     ValueError: no such split.
   """
-  if split not in base.SPLITS:
-    raise ValueError(f"split={split!r}: must be one of {', '.join(base.SPLITS)}")
+  checks.one_of("split", split, base.SPLITS)
   images = getattr(pixels, split)
   rows = jax.random.randint(key, (batch_size,), 0, len(images))
   return images[rows].astype(jnp.float32) / pixels.max_value
@@ -145,19 +144,3 @@ def convolve(
   padded = jnp.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
   neighbours = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(size) for j in range(size)]
   return hk.Linear(channels, name="convolution")(jnp.concatenate(neighbours, axis=-1))
-
-
-def check_activations(activations: tuple[str, ...]) -> None:
-  """Raises ValueError unless all are known, and there is one."""
-  checks.require(
-    len(activations) > 0 and set(activations) <= set(ACTIVATIONS),
-    "activations",
-    activations,
-    f"one or more of {', '.join(ACTIVATIONS)}",
-  )
-
-
-def check_losses(losses: tuple[str, ...], known: tuple[str, ...]) -> None:
-  """Raises ValueError unless all are known, and there is one."""
-  ok = len(losses) > 0 and set(losses) <= set(known)
-  checks.require(ok, "losses", losses, f"one or more of {', '.join(known)}")

@@ -79,8 +79,8 @@ def build(
   """
   checks.require(all(size >= 1 for size in hidden_sizes), "hidden_sizes", hidden_sizes, "sizes of at least 1")
   checks.counts(latent_size=latent_size, batch_size=batch_size)
-  images.check_activations(activations)
-  images.check_losses(losses, LOSSES)
+  checks.some_of("activations", activations, images.ACTIVATIONS)
+  checks.some_of("losses", losses, LOSSES)
   ranges.check(weight_scale=weight_scale, loss_scale=loss_scale)
 
   data = images.load_pixels(dataset, resolution, data_dir)

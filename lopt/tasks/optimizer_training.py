@@ -94,8 +94,7 @@ def build(
     return network.init(key, jnp.zeros(2))
 
   def batch(key: base.PRNGKey, task_params: OptimizerTask, split: str) -> Quadratics:
-    if split not in base.SPLITS:
-      raise ValueError(f"split={split!r}: must be one of {', '.join(base.SPLITS)}")
+    checks.one_of("split", split, base.SPLITS)
     # Every quadratic is drawn afresh, so the splits need not differ.
     curvature_key, start_key = jax.random.split(key)
     position = jax.random.uniform(curvature_key, (batch_size, dimension))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lopt import base, checks
+from lopt.tasks import ranges
 
 LOSS_CAP = 10.0
 """In units of the expected loss at the start. Starts scatter around 1 (in 10 dimensions one in a thousand is above
@@ -58,16 +59,15 @@ def build(
   checks.require(
     1 <= low <= high < math.inf, "condition_number", condition_number, "lowest, highest; 1 <= lowest <= highest"
   )
-  low, high = curvature
-  checks.require(0 < low <= high < math.inf, "curvature", curvature, "lowest, highest; 0 < lowest <= highest")
+  ranges.check(curvature=curvature)
   checks.require(0 <= start_scale < math.inf, "start_scale", start_scale, "at least 0")
   checks.require(0 <= gradient_noise < math.inf, "gradient_noise", gradient_noise, "at least 0")
 
   def sample(key: base.PRNGKey) -> QuadraticTask:
     spectrum_key, basis_key, minimum_key = jax.random.split(key, 3)
     uniform = jax.random.uniform(spectrum_key, (2 + dimension,))
-    log_largest = _interpolate(math.log(curvature[0]), math.log(curvature[1]), uniform[0])
-    log_condition = _interpolate(math.log(condition_number[0]), math.log(condition_number[1]), uniform[1])
+    log_largest = ranges.between(uniform[0], ranges.log(curvature))
+    log_condition = ranges.between(uniform[1], ranges.log(condition_number))
     # The first and the last eigenvalue are the ends of the range, whose ratio then is the condition number.
     position = uniform[2:].at[-1].set(1.0).at[0].set(0.0)
     eigenvalues = jnp.exp(log_largest - position * log_condition)
@@ -83,8 +83,7 @@ def build(
 
   def batch(key: base.PRNGKey, task_params: QuadraticTask, split: str) -> Float[Array, " dimension"]:
     del task_params
-    if split not in base.SPLITS:
-      raise ValueError(f"split={split!r}: must be one of {', '.join(base.SPLITS)}")
+    checks.one_of("split", split, base.SPLITS)
     if split != "train" or gradient_noise == 0:
       return jnp.zeros((dimension,))
     return gradient_noise * jax.random.normal(key, (dimension,))
@@ -103,7 +102,3 @@ def build(
     return loss / task_params.start_loss
 
   return base.TaskFamily(sample, init, batch, loss, normalize, LOSS_CAP)
-
-
-def _interpolate(low: float, high: float, position: base.Scalar) -> base.Scalar:
-  return low + (high - low) * position

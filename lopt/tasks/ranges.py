@@ -1,4 +1,4 @@
-"""Ranges (lowest, highest) of positive numbers, from which tasks draw log-uniformly."""
+"""Ranges (lowest, highest), from which tasks draw uniformly or, those of positive numbers, log-uniformly."""
 
 import math
 
@@ -17,7 +17,17 @@ def check(**ranges: Range | None) -> None:
       checks.require(0 < low <= high < math.inf, name, bounds, "lowest, highest; 0 < lowest <= highest")
 
 
+def log(bounds: Range) -> Range:
+  """The range of the logarithms."""
+  return math.log(bounds[0]), math.log(bounds[1])
+
+
+def between(uniform: base.PyTree, bounds: Range) -> base.PyTree:
+  """Maps an array of numbers uniform in [0, 1) to the range."""
+  low, high = bounds
+  return low + (high - low) * uniform
+
+
 def log_uniform(uniform: base.PyTree, bounds: Range) -> base.PyTree:
   """Maps an array of numbers uniform in [0, 1) to the range, uniform in their logarithm."""
-  low, high = math.log(bounds[0]), math.log(bounds[1])
-  return jnp.exp(low + (high - low) * uniform)
+  return jnp.exp(between(uniform, log(bounds)))

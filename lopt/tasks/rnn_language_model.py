@@ -73,7 +73,7 @@ def build(
     ValueError: an argument is out of range; the message starts with its name.
     FileNotFoundError, OSError: the text cannot be had; see `lopt.tasks.datasets.load_text`.
   """
-  checks.require(core in get_args(Core), "core", core, f"one of {', '.join(get_args(Core))}")
+  checks.one_of("core", core, get_args(Core))
   checks.counts(width=width, num_layers=num_layers)
   data = text.load(dataset, path, data_dir)
 

@@ -87,7 +87,7 @@ def build(
   Raises:
     ValueError: an argument is out of range; the message starts with its name.
   """
-  checks.require(len(kinds) > 0 and set(kinds) <= set(KINDS), "kinds", kinds, f"one or more of {', '.join(KINDS)}")
+  checks.some_of("kinds", kinds, KINDS)
   checks.require(dimension >= 2, "dimension", dimension, "at least 2")
   ranges.check(
     valley=valley,
@@ -138,8 +138,7 @@ def build(
     return task_params.start
 
   def batch(key: base.PRNGKey, task_params: SurfaceTask, split: str) -> Disturbance:
-    if split not in base.SPLITS:
-      raise ValueError(f"split={split!r}: must be one of {', '.join(base.SPLITS)}")
+    checks.one_of("split", split, base.SPLITS)
     active, noise = jnp.ones((dimension,), bool), jnp.zeros((dimension,))
     if split == "train":
       active_key, noise_key = jax.random.split(key)

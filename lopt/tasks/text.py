@@ -94,8 +94,7 @@ def language_model(
     return jax.tree.map(lambda p: task_params.weight_scale * p if p.ndim > 1 else p, params)
 
   def batch(key: base.PRNGKey, task_params: TextTask, split: str) -> Int[Array, "B window"]:
-    if split not in splits:
-      raise ValueError(f"split={split!r}: must be one of {', '.join(splits)}")
+    checks.one_of("split", split, splits)
     characters = splits[split]
     start, length = (task_params.start, task_params.length) if split == "train" else (0, len(characters))
     starts = jax.random.randint(key, (batch_size, 1), start, start + length - context)

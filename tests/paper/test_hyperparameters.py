@@ -1,9 +1,5 @@
 """The inner problem of experiment 5 against a plain NumPy loop with smaller layers."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,22 +8,8 @@ import pytest
 from lopt import base
 from lopt.tasks import mlp_classifier
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "paper"
 T, BATCH, MAX_WIDTH = 6, 16, 8
 WIDTHS = [8, 3, 5, 1, 6]
-
-
-@pytest.fixture(scope="module")
-def script():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(FOLDER)  # for the module that the scripts share
-    spec = importlib.util.spec_from_file_location("test_hyperparameters_script", FOLDER / "hyperparameters.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("paper", None)
 
 
 @pytest.fixture(scope="module")

@@ -1,33 +1,11 @@
 """The problem of experiment 1 against the matrix it is defined by, and the bias that truncation has there."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lopt.outer import backprop, es
-
-FOLDER = Path(__file__).parents[2] / "experiments" / "paper"
-
-
-@pytest.fixture(scope="module")
-def script():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(FOLDER)  # for the module that the scripts share
-    spec = importlib.util.spec_from_file_location(
-      "test_influence_balancing_script", FOLDER / "influence_balancing.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("paper", None)
-
 
 A = 0.5 * np.eye(23) + 0.5 * np.eye(23, k=1)
 SIGNS = np.array([1.0] * 10 + [-1.0] * 13)

@@ -1,31 +1,12 @@
 """Experiment 8: what its curves are made of."""
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from lopt import base, baselines
-
-FOLDER = Path(__file__).parent.parent.parent / "experiments" / "paper"
-
-
-@pytest.fixture(scope="module")
-def script():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(FOLDER)  # for the module that the scripts share
-    spec = importlib.util.spec_from_file_location("test_learned_optimizer_script", FOLDER / "learned_optimizer.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("paper", None)
 
 
 def random_walk(cap=math.inf):

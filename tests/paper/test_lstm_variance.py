@@ -1,10 +1,7 @@
 """The LSTM of experiment 3 against NumPy, and its exact variance against closed forms and sampling."""
 
 import functools
-import importlib.util
 import itertools
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +10,6 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from lopt import base
-
-FOLDER = Path(__file__).parents[2] / "experiments" / "paper"
-
-
-@pytest.fixture(scope="module")
-def script():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(FOLDER)  # for the module that the scripts share
-    spec = importlib.util.spec_from_file_location("test_lstm_variance_script", FOLDER / "lstm_variance.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("paper", None)
 
 
 def random_weights(script, net, size, scale):

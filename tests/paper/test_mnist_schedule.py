@@ -1,9 +1,5 @@
 """The inner problem of experiment 4 against a plain NumPy loop."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,22 +7,8 @@ import pytest
 
 from lopt.tasks import mlp_classifier
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "paper"
 T, BATCH = 8, 16
 START, POWER = 0.3, 2.0
-
-
-@pytest.fixture(scope="module")
-def script():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(FOLDER)  # for the module that the scripts share
-    spec = importlib.util.spec_from_file_location("test_mnist_schedule_script", FOLDER / "mnist_schedule.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("paper", None)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """What the paper's experiments share: training from several seeds, the record, the page, the script that runs all."""
 
 import html.parser
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,23 +14,14 @@ import numpy as np
 import optax
 import pytest
 
-from lopt import base
+from lopt import base, configuration
 from lopt.outer import pes
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "experiments" / "paper"
 
 
-def load(name):
-  spec = importlib.util.spec_from_file_location(f"test_paper_{name}", FOLDER / f"{name}.py")
-  assert spec is not None
-  assert spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-paper = load("paper")
+paper = configuration.load(FOLDER / "paper.py")
 
 
 # train
@@ -265,7 +255,7 @@ sys.exit(0 if HOLDS else 1)
 def run_all(folder, workdir, names, capfd, monkeypatch):
   for name in names:
     (folder / f"{name}.py").write_text(FAKE.replace("NAME", name).replace("HOLDS", str(name != "refuted")))
-  module = load("run_all")
+  module = configuration.load(FOLDER / "run_all.py")
   monkeypatch.setattr(module, "SCRIPTS", names)
   code = module.run_all(folder, "full", workdir)
   return code, capfd.readouterr().out
@@ -295,7 +285,7 @@ def test_run_all_succeeds_if_all_do(tmp_path, capfd, monkeypatch):
 
 
 def test_run_all_runs_every_script_in_the_order_of_the_numbers():
-  scripts = load("run_all").SCRIPTS
+  scripts = configuration.load(FOLDER / "run_all.py").SCRIPTS
   others = {"paper", "run_all"}
   assert set(scripts) == {path.stem for path in FOLDER.glob("*.py")} - others
   for number, name in enumerate(scripts, start=1):

@@ -1,28 +1,9 @@
 """The Swimmer of experiment 6 against MuJoCo's own; against recorded steps of it where MuJoCo is not installed."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-FOLDER = Path(__file__).parents[2] / "experiments" / "paper"
-
-
-@pytest.fixture(scope="module")
-def script():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(FOLDER)  # for the module that the scripts share
-    spec = importlib.util.spec_from_file_location("test_swimmer_script", FOLDER / "swimmer.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("paper", None)
 
 
 @pytest.fixture(scope="module")

@@ -1,27 +1,7 @@
 """The problem of experiment 2 against a plain NumPy loop with derivatives by hand."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
-import pytest
-
-FOLDER = Path(__file__).parents[2] / "experiments" / "paper"
-
-
-@pytest.fixture(scope="module")
-def script():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(FOLDER)  # for the module that the scripts share
-    spec = importlib.util.spec_from_file_location("test_toy_regression_script", FOLDER / "toy_regression.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("paper", None)
 
 
 def loss(x0, x1):

@@ -1,33 +1,16 @@
 """The problem of experiment 7 against NumPy and against ridge regression, and where its data come from."""
 
 import hashlib
-import importlib.util
 import io
 import os
-import sys
 import urllib.error
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "paper"
 MANUAL_DIR = os.environ.get("LOPT_MANUAL_DIR")
-
-
-@pytest.fixture(scope="module")
-def script():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(FOLDER)  # for the module that the scripts share
-    spec = importlib.util.spec_from_file_location("test_yacht_script", FOLDER / "yacht.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("paper", None)
 
 
 @pytest.fixture
