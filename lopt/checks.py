@@ -3,10 +3,10 @@
 from collections.abc import Collection
 
 
-def counts(**values: int) -> None:
-  """Raises ValueError that names the first count below 1."""
+def counts(**values: int | None) -> None:
+  """Raises ValueError that names the first count below 1; None is left to be chosen."""
   for name, value in values.items():
-    if value < 1:
+    if value is not None and value < 1:
       raise ValueError(f"{name}: must be at least 1, not {value}")
 
 

@@ -30,7 +30,7 @@ from lopt.outer import meta_training, parallel, pes, unrolls
 
 PROFILE = flags.DEFINE_bool("profile", False, "With --case: time the parts of an inner step, and write a trace.")
 REPEATS = flags.DEFINE_integer("repeats", 15, "Outer steps that are timed.", 1)
-BLOCK = flags.DEFINE_integer("pairs_per_block", 1, "See lopt/outer/pes.py.", 1)
+BLOCK = flags.DEFINE_integer("pairs_per_block", None, "See lopt/outer/pes.py.", 1)
 
 IMAGES = {"name": "mlp_classifier", "dataset": "digits", "weight_scale": (1.0, 1.0), "activations": ("relu",)}
 TASKS = {
@@ -87,7 +87,7 @@ def measure(case: str) -> bench.Figures:
     folder = Path("runs/benchmarks/traces") / case.replace("/", "_")
     with jax.profiler.trace(str(folder)):
       trainer.advance(len(seconds) + 1, state)
-    figures |= profile(family, learned, estimator, outer_step * jax.local_device_count() / inner_steps)
+    figures |= profile(family, learned, outer_step * jax.local_device_count() / inner_steps)
     figures["trace"] = str(folder)
   return figures
 
@@ -138,9 +138,7 @@ def bytes_of(tree: base.PyTree) -> int:
   return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-def profile(
-  family: base.TaskFamily, learned: base.LearnedOptimizer, estimator: base.GradientEstimator, whole: float
-) -> dict[str, float]:
+def profile(family: base.TaskFamily, learned: base.LearnedOptimizer, whole: float) -> dict[str, float]:
   """Microseconds of one core for one inner step of one particle, by parts that are timed alone.
 
   A part is run for a pair (two θ and parameters, one key), as in an unroll, 100 times in a loop.
@@ -178,7 +176,6 @@ def profile(
   flat, _ = unrolls.ravel(theta)
   keys = jax.random.split(jax.random.key(5), 8)
   drawn = jax.jit(lambda keys: unrolls.perturbations(keys, 0.01, flat))
-  del estimator
   parts["perturbation, of one unroll of 20"] = 1e6 * seconds_of(lambda: drawn(keys), repeats=20) / 8 / 20 / 2
   parts["resets, estimator and rest"] = 1e6 * whole - sum(parts.values())
   return {f"microseconds: {name}": value for name, value in parts.items()}

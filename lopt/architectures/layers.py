@@ -44,15 +44,24 @@ def mlp(
   def network(*features: Float[Array, "_ n"]) -> Float[Array, "outputs n"]:
     h = jnp.concatenate(features)
     for i, (w, b) in enumerate(weights):
-      h = w.T @ (jax.nn.relu(h) if i else h) + b[:, None]
+      h = product(w, jax.nn.relu(h) if i else h) + b[:, None]
     return h
 
   return by_blocks(network, *(features if isinstance(features, tuple) else (features,)))
 
 
-# Of columns: with two hidden layers of 32 for a pair of particles the smallest block fits a cache of 1 MB. A block
-# of the largest is work enough for all cores, where one program has several.
-SMALLEST_BLOCK, LARGEST_BLOCK = 2_048, 32_768
+def product(w: Float[Array, "inputs outputs"], x: Float[Array, "inputs n"]) -> Float[Array, "outputs n"]:
+  """wᵀ x. Of a few columns as one fused loop: for many particles at once it would be a library call for each."""
+  if x.shape[1] > FEW_COLUMNS:
+    return w.T @ x
+  return jnp.sum(x.T[:, :, None] * w[None], axis=1).T
+
+
+FEW_COLUMNS = 16
+
+# Of columns: with two hidden layers of 32 for a pair of particles a small block fits a cache of 1 MB. A large one is
+# work enough for all cores, where one program has several; it is for tensors of which no more than one is in memory.
+SMALL_BLOCK, LARGE_BLOCK, LARGE_TENSOR = 1_024, 32_768, 2**18
 
 
 def by_blocks(
@@ -64,7 +73,7 @@ def by_blocks(
   block begins early enough to be a whole one.
   """
   number = features[0].shape[1]
-  size = min(max(number // 32, SMALLEST_BLOCK), LARGEST_BLOCK)
+  size = SMALL_BLOCK if number < LARGE_TENSOR else LARGE_BLOCK
   if number <= 2 * size:
     return function(*features)
 

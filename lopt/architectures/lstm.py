@@ -14,9 +14,12 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from lopt import base
+from lopt.architectures import layers
+
+LSTMStates = tuple[hk.LSTMState, ...]
 
 
-def log_and_sign(gradient: Float[Array, " n"], p: float) -> Float[Array, "n 2"]:
+def log_and_sign(gradient: Float[Array, " n"], p: float) -> Float[Array, "2 n"]:
   """Gradients of every order of magnitude as two inputs of order one (appendix A of the paper).
 
   (log|g| / p, sgn g) where |g| ≥ exp(-p), else (-1, exp(p) g).
@@ -24,9 +27,30 @@ def log_and_sign(gradient: Float[Array, " n"], p: float) -> Float[Array, "n 2"]:
   size = jnp.abs(gradient)
   large = size >= math.exp(-p)
   log_size = jnp.log(jnp.where(large, size, 1.0)) / p  # the logarithm of 0 would poison gradients through `where`
-  return jnp.stack(
-    [jnp.where(large, log_size, -1.0), jnp.where(large, jnp.sign(gradient), math.exp(p) * gradient)], axis=-1
-  )
+  return jnp.stack([jnp.where(large, log_size, -1.0), jnp.where(large, jnp.sign(gradient), math.exp(p) * gradient)])
+
+
+class LSTM(hk.Module):
+  """`hk.LSTM` with features first and parameters last, [units, n], and the same weights; twice as fast.
+
+  The sigmoid gates are ½ + ½ tanh(x/2), with the half in the weights: one function for all four.
+  """
+
+  def __init__(self, units: int):
+    super().__init__()
+    self.units = units
+
+  def __call__(
+    self, inputs: Float[Array, "features n"], state: hk.LSTMState
+  ) -> tuple[Float[Array, "units n"], hk.LSTMState]:
+    w, b = layers.LinearWeights("linear")(len(inputs) + self.units, 4 * self.units)
+    halves = jnp.repeat(jnp.array([0.5, 1.0, 0.5, 0.5]), self.units)
+    bias = halves * (b + jnp.repeat(jnp.array([0.0, 0.0, 1.0, 0.0]), self.units))  # of 1: remember at first
+    gates = jnp.tanh((w * halves[None]).T @ jnp.concatenate([inputs, state.hidden]) + bias[:, None])
+    i, g, f, o = jnp.split(gates, 4)
+    cell = 0.5 * ((1 + f) * state.cell + (1 + i) * g)
+    hidden = 0.5 * (1 + o) * jnp.tanh(cell)
+    return hidden, hk.LSTMState(hidden, cell)
 
 
 def build(
@@ -49,24 +73,27 @@ def build(
   if not p > 0:
     raise ValueError(f"p: must be above 0, not {p}")
 
-  def core() -> hk.RNNCore:
-    return hk.DeepRNN([hk.LSTM(size) for size in hidden_sizes])
-
-  def network(gradient: Float[Array, " n"], state: base.State) -> tuple[Float[Array, " n"], base.State]:
-    hidden, state = core()(log_and_sign(gradient, p), state)
-    return hk.Linear(1)(hidden)[:, 0], state
+  def network(gradient: Float[Array, " n"], states: LSTMStates) -> tuple[Float[Array, " n"], LSTMStates]:
+    hidden, new = log_and_sign(gradient, p), []
+    for size, state in zip(hidden_sizes, states, strict=True):
+      hidden, state = LSTM(size)(hidden, state)
+      new.append(state)
+    w, b = layers.LinearWeights("linear")(hidden_sizes[-1], 1)
+    return w[:, 0] @ hidden + b, tuple(new)
 
   net = hk.without_apply_rng(hk.transform(network))
-  start = hk.without_apply_rng(hk.transform(lambda n: core().initial_state(n)))  # zeros: no parameters
+
+  def start(n: int) -> LSTMStates:
+    return tuple(hk.LSTMState(jnp.zeros((size, n)), jnp.zeros((size, n))) for size in hidden_sizes)
 
   def init(key: base.PRNGKey) -> base.Theta:
-    return net.init(key, jnp.zeros(1), start.apply({}, 1))
+    return net.init(key, jnp.zeros(1), start(1))
 
   def transform(theta: base.Theta, num_steps: Any) -> optax.GradientTransformationExtraArgs:
     del num_steps
 
     def init_fn(params):
-      return start.apply({}, sum(p.size for p in jax.tree.leaves(params)))
+      return start(sum(p.size for p in jax.tree.leaves(params)))
 
     def update_fn(updates, state, params=None, **extra_args):
       del params, extra_args

@@ -39,7 +39,7 @@ def build(
   unroll_length: int | None = 20,
   max_horizon: int | None = None,
   stagger: bool = True,
-  runs_per_block: int = 1,
+  runs_per_block: int | None = None,
 ) -> base.GradientEstimator:
   """Backpropagation through time.
 
@@ -64,8 +64,7 @@ def build(
     unroll_length: K, inner steps between two estimates; None for whole episodes.
     max_horizon: T_max, of whole episodes only: the longest horizon that the problem draws.
     stagger: Truncated only: whether runs are spread over the ages of an episode, or run in lockstep.
-    runs_per_block: Runs that advance together. Few keep the working set in the cache, which pays on CPUs; an
-      accelerator wants many.
+    runs_per_block: Runs that advance together; None: as many as stay in the cache of a CPU, all on an accelerator.
 
   Raises:
     ValueError: For counts below 1, not exactly one of `unroll_length` and `max_horizon`, or (where horizons can be
@@ -89,7 +88,7 @@ def build(
 
 
 def _truncated(
-  problem: base.UnrolledProblem, num_runs: int, unroll_length: int, stagger: bool, runs_per_block: int
+  problem: base.UnrolledProblem, num_runs: int, unroll_length: int, stagger: bool, runs_per_block: int | None
 ) -> base.GradientEstimator:
   def init(key: base.PRNGKey, theta: base.Theta) -> TruncatedState:
     del theta
@@ -108,14 +107,14 @@ def _truncated(
       )
       return TruncatedState(state.index, episodes), gradients_of(1.0, 1.0) / unroll_length, losses
 
-    state, gradients, losses = unrolls.in_blocks(advance_block, runs_per_block, state)
+    state, gradients, losses = unrolls.in_blocks(advance_block, problem, runs_per_block, state)
     return unravel(jnp.mean(gradients, axis=0)), state, unrolls.metrics(gradients, losses, unroll_length)
 
   return base.GradientEstimator(init, estimate)
 
 
 def _full(
-  problem: base.UnrolledProblem, num_runs: int, max_horizon: int, runs_per_block: int
+  problem: base.UnrolledProblem, num_runs: int, max_horizon: int, runs_per_block: int | None
 ) -> base.GradientEstimator:
   def init(key: base.PRNGKey, theta: base.Theta) -> FullState:
     del theta
@@ -135,7 +134,7 @@ def _full(
       gradients, losses = jax.grad(total, has_aux=True)(thetas)
       return unrolls.without_capped(gradients[:, 0], losses.diverged[:, 0]), losses
 
-    gradients, losses = unrolls.in_blocks(differentiate_block, runs_per_block, state.index)
+    gradients, losses = unrolls.in_blocks(differentiate_block, problem, runs_per_block, state.index)
     gradients /= state.mean_horizon[0]
     metrics = unrolls.metrics(gradients, losses, state.mean_horizon[0])
     return unravel(jnp.mean(gradients, axis=0)), state, metrics

@@ -35,7 +35,7 @@ def build(
   sigma: float = 0.01,
   unroll_length: int | None = None,
   stagger: bool = True,
-  pairs_per_block: int = 1,
+  pairs_per_block: int | None = None,
 ) -> base.GradientEstimator:
   """Evolution strategies with antithetic pairs, ε_i ~ N(0, σ²I).
 
@@ -57,8 +57,7 @@ def build(
     sigma: σ, standard deviation of the perturbations.
     unroll_length: K, inner steps between two estimates; None for whole episodes.
     stagger: Truncated only: whether runs are spread over the ages of an episode, or run in lockstep.
-    pairs_per_block: Pairs that advance together. Few keep the working set in the cache, which pays on CPUs; an
-      accelerator wants many.
+    pairs_per_block: Pairs that advance together; None: as many as stay in the cache of a CPU, all on an accelerator.
 
   Raises:
     ValueError: For counts below 1 or σ ≤ 0.
@@ -72,7 +71,7 @@ def build(
 
 
 def _full(
-  problem: base.UnrolledProblem, num_pairs: int, sigma: float, pairs_per_block: int
+  problem: base.UnrolledProblem, num_pairs: int, sigma: float, pairs_per_block: int | None
 ) -> base.GradientEstimator:
   def init(key: base.PRNGKey, theta: base.Theta) -> FullState:
     del theta
@@ -87,7 +86,7 @@ def _full(
       thetas = unrolls.perturbed(flat, epsilon, signs=(1, -1))
       return epsilon, unrolls.unroll_episode(problem, thetas, unravel, keys[:, 1])
 
-    epsilon, losses = unrolls.in_blocks(unroll_block, pairs_per_block, state.index)
+    epsilon, losses = unrolls.in_blocks(unroll_block, problem, pairs_per_block, state.index)
     gradients = unrolls.antithetic_gradients(epsilon, losses.first, sigma, state.mean_horizon[0])
     metrics = unrolls.metrics(gradients, losses, state.mean_horizon[0])
     return unravel(jnp.mean(gradients, axis=0)), state, metrics
@@ -101,7 +100,7 @@ def _truncated(
   sigma: float,
   unroll_length: int,
   stagger: bool,
-  pairs_per_block: int,
+  pairs_per_block: int | None,
 ) -> base.GradientEstimator:
   def init(key: base.PRNGKey, theta: base.Theta) -> TruncatedState:
     del theta
@@ -124,7 +123,7 @@ def _truncated(
       mean_run = jax.tree.map(lambda x: x[:, 2], end.state)
       return TruncatedState(state.index, end._replace(state=mean_run)), epsilon, losses
 
-    state, epsilon, losses = unrolls.in_blocks(advance_block, pairs_per_block, state)
+    state, epsilon, losses = unrolls.in_blocks(advance_block, problem, pairs_per_block, state)
     gradients = unrolls.antithetic_gradients(epsilon, losses.first + losses.rest, sigma, unroll_length)
     return unravel(jnp.mean(gradients, axis=0)), state, unrolls.metrics(gradients, losses, unroll_length)
 

@@ -42,7 +42,7 @@ def build(
   num_runs: int = 32,
   unroll_length: int = 20,
   stagger: bool = True,
-  runs_per_block: int = 1,
+  runs_per_block: int | None = None,
 ) -> base.GradientEstimator:
   """Real-time recurrent learning, exact or by an unbiased rank-one approximation.
 
@@ -65,8 +65,7 @@ def build(
     num_runs: N, inner runs, each with random numbers of its own.
     unroll_length: K, inner steps between two estimates (and for UORO, between two draws of ν).
     stagger: Whether runs are spread over the ages of an episode, or run in lockstep.
-    runs_per_block: Runs that advance together. Few keep the working set in the cache, which pays on CPUs; an
-      accelerator wants many.
+    runs_per_block: Runs that advance together; None: as many as stay in the cache of a CPU, all on an accelerator.
 
   Raises:
     ValueError: For counts below 1 or another method.
@@ -87,7 +86,7 @@ def build(
       keys = jax.vmap(jax.random.split)(unrolls.group_keys(key, state.index))
       return advance(keys, flat, unravel, state)
 
-    state, gradients, losses = unrolls.in_blocks(advance_block, runs_per_block, state)
+    state, gradients, losses = unrolls.in_blocks(advance_block, problem, runs_per_block, state)
     gradients /= unroll_length
     return unravel(jnp.mean(gradients, axis=0)), state, unrolls.metrics(gradients, losses, unroll_length)
 

@@ -42,7 +42,7 @@ def build(
   noise_period: int | None = None,
   analytic: bool = False,
   stagger: bool = True,
-  pairs_per_block: int = 1,
+  pairs_per_block: int | None = None,
 ) -> base.GradientEstimator:
   """PES with antithetic pairs, and the estimators that differ from it by when noise is drawn.
 
@@ -77,8 +77,7 @@ def build(
     analytic: Whether to estimate by PES+Analytic; needs losses that are differentiable, and memory ∝ NK.
     stagger: Whether pairs are spread over the ages of an episode (the first one of each is cut short at random).
       Otherwise all run in lockstep.
-    pairs_per_block: Pairs that advance together. Few keep the working set in the cache, which pays on CPUs; an
-      accelerator wants many.
+    pairs_per_block: Pairs that advance together; None: as many as stay in the cache of a CPU, all on an accelerator.
 
   Returns:
     The estimator. Time ∝ NK and memory ∝ N, whatever the horizon.
@@ -145,7 +144,7 @@ def build(
         noise = Noise(unrolls.where_group(losses.restarted, drawn, epsilon), left)
       return PESState(state.index, episodes, xi, noise), gradients, losses
 
-    state, gradients, losses = unrolls.in_blocks(advance_block, pairs_per_block, state)
+    state, gradients, losses = unrolls.in_blocks(advance_block, problem, pairs_per_block, state)
     metrics = unrolls.metrics(gradients, losses, unroll_length)
     metrics["inner_steps"] = jnp.float32(particles * unroll_length)
     return unravel(jnp.mean(gradients, axis=0)), state, metrics

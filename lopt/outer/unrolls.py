@@ -19,6 +19,7 @@ Tree = TypeVar("Tree")
 Unravel = Callable[[Float[Array, " P"]], base.Theta]
 
 
+CACHED_BYTES = 2**13  # of inner state, one particle a group: what a step makes of it on the way is many times more
 HORIZON_SAMPLES = 2**16  # for E[T]: its standard error is below 0.3% for horizons log-uniform over two decades
 
 
@@ -274,12 +275,20 @@ def where_group(condition: Bool[Array, " groups"], this: Tree, that: Tree) -> Tr
   return jax.tree.map(lambda x, y: jnp.where(condition.reshape(-1, *[1] * (x.ndim - 1)), x, y), this, that)
 
 
-def in_blocks(function: Callable[..., Tree], groups_per_block: int, *args: base.PyTree) -> Tree:
+def in_blocks(
+  function: Callable[..., Tree], problem: base.UnrolledProblem, groups_per_block: int | None, *args: base.PyTree
+) -> Tree:
   """`function(*args)`, its groups taken a block at a time, so that a block's arrays stay in the cache.
 
-  Blocks have `groups_per_block` groups, or the largest number below it that divides the number of groups.
+  Blocks have `groups_per_block` groups, or the largest number below it that divides the number of groups. None means
+  as many as have `CACHED_BYTES` of inner state, but at least one; on accelerators, all.
   """
   groups = jax.tree.leaves(args)[0].shape[0]
+  if groups_per_block is None:
+    key = jax.random.key(0)
+    state = jax.eval_shape(lambda: problem.init(key, problem.horizon(key)))
+    num_bytes = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(state))
+    groups_per_block = max(1, CACHED_BYTES // num_bytes) if jax.default_backend() == "cpu" else groups
   size = max(n for n in range(1, min(groups_per_block, groups) + 1) if groups % n == 0)
   if size == groups:
     return function(*args)
