@@ -89,6 +89,7 @@ def build(
   checkpoint: Section,
   initial: str | None = None,
   trainable: tuple[str, ...] = (),
+  precision: inner_training.Precision = "float32",
 ) -> Experiment:
   """Makes of a configuration all that it names, so that whatever is wrong with it shows before any work starts."""
   checks.counts(num_outer_steps=num_outer_steps, log_every=log_every)
@@ -118,7 +119,7 @@ def build(
   families = configuration.task_families(task, where="config.task")
 
   def gradients_of(family: base.TaskFamily) -> base.GradientEstimator:
-    problem = inner_training.build(family, optimizer, horizon=horizons, meta_loss=meta_loss)
+    problem = inner_training.build(family, optimizer, horizon=horizons, meta_loss=meta_loss, precision=precision)
     problem = final_loss.wrap(problem) if objective == "final_loss" else problem
     return configuration.build("outer", estimator, problem, where="config.estimator")
 

@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
+import jmp
 import optax
 
-from lopt import base
+from lopt import base, checks
 
 Split = Literal["train", "validation"]
+Precision = Literal["float32", "bfloat16"]
 
 
 class InnerState(NamedTuple):
@@ -27,6 +30,7 @@ def build(
   *,
   horizon: Callable[[base.PRNGKey], base.Horizon],
   meta_loss: Split = "train",
+  precision: Precision = "float32",
 ) -> base.UnrolledProblem:
   """Trains a freshly drawn task of the family in every episode.
 
@@ -42,12 +46,14 @@ def build(
       outlives many θ).
     horizon: Draws the number of inner steps of an episode.
     meta_loss: Whose loss the outer problem minimises.
+    precision: Of the matrix products of the family's networks; see `in_precision`.
 
   Raises:
-    ValueError: For another `meta_loss`.
+    ValueError: For another `meta_loss` or `precision`.
   """
   if meta_loss not in get_args(Split):
     raise ValueError(f"meta_loss: must be one of {', '.join(get_args(Split))}, not {meta_loss!r}")
+  family = in_precision(family, precision)
 
   def init(key: base.PRNGKey, num_steps: base.Horizon) -> InnerState:
     task_key, params_key, theta_key = jax.random.split(key, 3)
@@ -75,6 +81,27 @@ def build(
     return state._replace(params=params, optimizer_state=optimizer_state), normalized
 
   return base.UnrolledProblem(horizon, init, step, family.loss_cap)
+
+
+def in_precision(family: base.TaskFamily, precision: Precision) -> base.TaskFamily:
+  """The family with the linear layers of its Haiku networks in another precision, as accelerators have it faster.
+
+  Weights, activations and gradients of a layer are rounded to it, and its outputs are float32 again. Parameters,
+  all else of the loss, and the optimizer stay float32.
+
+  Raises:
+    ValueError: For another `precision`.
+  """
+  checks.one_of("precision", precision, get_args(Precision))
+  if precision == "float32":
+    return family
+  policy = jmp.Policy(param_dtype=jnp.float32, compute_dtype=jnp.bfloat16, output_dtype=jnp.float32)
+
+  def loss(params, key, batch, task_params):
+    with hk.mixed_precision.push_policy(hk.Linear, policy):
+      return family.loss(params, key, batch, task_params)
+
+  return family._replace(loss=loss)
 
 
 def train_step(

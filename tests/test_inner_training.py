@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from lopt import base, inner_training
+from lopt.tasks import mlp_classifier
 
 
 def family():
@@ -112,3 +113,22 @@ def test_bad_meta_loss_is_refused():
   unchecked = inspect.unwrap(inner_training.build)  # without the tests' own type check, as users call it
   with pytest.raises(ValueError, match="meta_loss: must be one of train, validation, not 'test'"):
     unchecked(family(), sgd(), horizon=lambda key: jnp.int32(7), meta_loss="test")
+
+
+def test_bfloat16_rounds_the_linear_layers_and_nothing_else():
+  family = mlp_classifier.build(dataset="digits", hidden_sizes=(16,), activations=("relu",))
+  task = family.sample(jax.random.key(0))
+  params = family.init(jax.random.key(1), task)
+  batch = family.batch(jax.random.key(2), task, "train")
+
+  def gradient(precision):
+    rounded = inner_training.in_precision(family, precision)
+    return jax.jit(jax.value_and_grad(lambda p: rounded.loss(p, jax.random.key(3), batch, task)[0]))(params)
+
+  exact_loss, exact = gradient("float32")
+  loss, slopes = gradient("bfloat16")
+  assert {x.dtype for x in [loss, *jax.tree.leaves(slopes)]} == {jnp.dtype("float32")}
+  # bfloat16 has 8 bits: layers are off by their rounding, a loss summed in it would be by 0.4%.
+  assert 0 < abs(float(loss / exact_loss) - 1) < 0.002
+  for x, y in zip(jax.tree.leaves(slopes), jax.tree.leaves(exact), strict=True):
+    assert 1e-4 < np.linalg.norm(x - y) / np.linalg.norm(y) < 0.02
