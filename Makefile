@@ -24,8 +24,8 @@ architectures: .venv/runtime  ## meta-train each architecture for a minute or so
 	$(BIN)/python experiments/architectures.py
 
 bench: .venv/runtime  ## measure speed and memory of all architectures into runs/benchmarks/
-	$(BIN)/python experiments/benchmarks/throughput.py
-	$(BIN)/python experiments/benchmarks/update_cost.py --only='/[4-7]$$'
+	$(BIN)/python experiments/benchmarks/throughput.py --only='(quad/(8/20|64/50)|mlp8/.*|mlp28/8/20)$$'
+	$(BIN)/python experiments/benchmarks/update_cost.py --only='/[46]$$'
 	$(BIN)/python experiments/benchmarks/scaling.py
 
 paper: .venv/runtime  ## run the eight experiments of the PES paper (SCALE=full: its sizes) into runs/paper/index.html
