@@ -1,24 +1,33 @@
-"""Compares trained optimizers with tuned baselines on held-out tasks.
+"""Compares trained optimizers with tuned baselines on held-out tasks, and writes a page about it.
 
     python experiments/evaluate.py --optimizer=runs/digits
 
-On tasks of the families that the (first) optimizer was trained on; or of those of another configuration, as with
-`--config=experiments/configs/mnist.py`; or of held-out suites:
+On tasks of the families that the (first) optimizer was trained on, with runs of the usual length and five times that;
+or of those of another configuration, as with `--config=experiments/configs/mnist.py`; or of held-out suites:
 
     python experiments/evaluate.py --optimizer=runs/mixture --suite=architecture,horizon
 
-Suites are in experiments/suites.py; `--suite=all` takes them one after the other. Writes comparison.json,
-comparison.md and comparison.png to `--output` (for several families into a folder each, with a summary beside them),
-which is the folder `evaluation` or `evaluation/<suite>` beside the optimizer unless told otherwise.
+Suites are in experiments/suites.py; `--suite=all` is all of them. Writes report.html, report.json and summary.png to
+`--output`, which is the folder `evaluation` beside the optimizer unless told otherwise.
+
+Adam tuned for each task is always there, and by default SGD with momentum and Adam with a cosine schedule, of the
+common ones the hardest to beat; `--baselines=all` takes all of lopt/baselines.py, for which one waits longer. Their
+runs are kept in `--cache`, so that another optimizer on the same tasks costs its own runs only.
 """
 
+import datetime
+import os
+import platform
+import shlex
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from absl import app, flags, logging
 
-from lopt import base, configuration, evaluation, report, trained
+from lopt import base, baselines, comparison, configuration, evaluation, report, report_page, tracking, trained
 from lopt.outer import parallel
 
 OPTIMIZER = flags.DEFINE_list(
@@ -26,13 +35,25 @@ OPTIMIZER = flags.DEFINE_list(
 )
 CONFIG = configuration.define_flag("config", None, "Take the tasks from this configuration instead.")
 SUITE = flags.DEFINE_list("suite", None, "Compare on these held-out suites instead, or on all.")
+BASELINES = flags.DEFINE_list("baselines", ["sgdm", "adam_cosine"], "Functions of lopt/baselines.py, or all.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the results.")
+CACHE = flags.DEFINE_string("cache", "runs/baselines", "Folder of what baselines did; empty for none.")
+TIMING = flags.DEFINE_boolean("timing", True, "Measure the time of a step; nothing else should run then.")
+WANDB = flags.DEFINE_enum("wandb", "auto", tracking.MODES, "Weights & Biases, as in meta_train.py.")
 NUM_TASKS = flags.DEFINE_integer("num_tasks", None, "Held-out tasks; by default what the configuration says.", 1)
 NUM_SEEDS = flags.DEFINE_integer("num_seeds", None, "Runs of each task; likewise.", 1)
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Inner steps of each run; likewise.", 1)
 SEED = flags.DEFINE_integer("seed", None, "Which tasks and runs; likewise.", 0)
 
-SUITES = configuration.plain(configuration.load(Path(__file__).with_name("suites.py")).get_config())
+BEYOND = 5
+"""How many times as long the runs are that show what becomes of an optimizer beyond its training horizon."""
+
+
+class Member(NamedTuple):
+  """Tasks to compare on."""
+
+  family: base.TaskFamily
+  options: dict[str, Any]  # of `evaluation.compare`
 
 
 def main(argv: list[str]) -> None:
@@ -46,75 +67,137 @@ def main(argv: list[str]) -> None:
   names = [_name(path) for path in paths]
   if len(set(names)) < len(names):
     raise configuration.ConfigError(f"--optimizer: two would have the same name in tables: {', '.join(names)}")
-  optimizers = [trained.load(path) for path in paths]
+  chosen = chosen_baselines(BASELINES.value)
+  optimizers = {name: trained.load(path) for name, path in zip(names, paths, strict=True)}
   folder = Path(OUTPUT.value) if OUTPUT.value else _folder(paths[0]) / "evaluation"
-  pairs = {name: (x.architecture, x.theta) for name, x in zip(names, optimizers, strict=True)}
-  if SUITE.value:
-    if CONFIG.value:
-      raise configuration.ConfigError("--suite: brings its own tasks; leave --config out")
-    # All are built before the first runs, so that a missing data set is known at once.
-    suites = {name: (members(name), folder / name) for name in chosen_suites(SUITE.value)}
-    for name, (suite, into) in suites.items():
-      print(f"\nsuite {name}")
-      compare(suite, pairs, into)
-    return
-  config = configuration.plain(CONFIG.value) if CONFIG.value else optimizers[0].config
+  # All are built before the first runs, so that a missing data set is known at once.
+  suites = held_out_suites(SUITE.value) if SUITE.value else own_tasks(optimizers[names[0]], paths[0])
+  about = facts(optimizers)
+  pairs = {name: (x.architecture, x.theta) for name, x in optimizers.items()}
+  compared = {suite: compare(suite, members, pairs, chosen) for suite, members in suites.items()}
+  path = report_page.write(compared, folder, about)
+  track(compared, folder, about)
+  everything = {f"{suite}: {name}": c for suite, members in compared.items() for name, c in members.items()}
+  print(f"\n{report.table_of_all(everything)}\n")
+  for suite, members in compared.items():
+    print(*(f"{suite}: {report.verdict_of_all(members, name)}" for name in optimizers), sep="\n")
+  print(f"The page is {path}.")
+
+
+def chosen_baselines(names: list[str]) -> list[str]:
+  """The baselines that `--baselines` names by their functions, as they are called in tables."""
+  there = {make.__name__: title for title, make in baselines.ALL.items()}
+  if names == ["all"]:
+    return list(baselines.ALL)
+  if unknown := [name for name in names if name not in there]:
+    raise configuration.ConfigError(f"--baselines: no {unknown[0]!r}; there are: {', '.join(there)}, all")
+  return [there[name] for name in names]
+
+
+def held_out_suites(names: list[str]) -> dict[str, dict[str, Member]]:
+  """The suites that `--suite` names."""
+  if CONFIG.value:
+    raise configuration.ConfigError("--suite: brings its own tasks; leave --config out")
+  content = configuration.plain(configuration.load(Path(__file__).with_name("suites.py")).get_config())
+  there = content["suites"]
+  names = list(there) if names == ["all"] else names
+  if unknown := [name for name in names if name not in there]:
+    raise configuration.ConfigError(f"--suite: no {unknown[0]!r}; there are: {', '.join(there)}, all")
+
+  def member(section: dict[str, Any], where: str) -> Member:
+    section = dict(section)
+    options = {**content["evaluation"], "num_steps": section.pop("num_steps", content["evaluation"]["num_steps"])}
+    return Member(configuration.build("tasks", section, where=where), options)
+
+  return {
+    suite: {name: member(section, f"suites.{suite}.{name}") for name, section in there[suite].items()}
+    for suite in names
+  }
+
+
+def own_tasks(optimizer: trained.TrainedOptimizer, path: Path) -> dict[str, dict[str, Member]]:
+  """The families of `--config`, or of what an optimizer was trained on; and these with longer runs."""
+  config = configuration.plain(CONFIG.value) if CONFIG.value else optimizer.config
   if missing := {"task", "evaluation", "seed"} - config.keys():
     raise configuration.ConfigError(
-      f"{paths[0]}: its configuration has no {', '.join(sorted(missing))}; say which tasks with --config or --suite"
+      f"{path}: its configuration has no {', '.join(sorted(missing))}; say which tasks with --config or --suite"
     )
   families = configuration.task_families(config["task"], where="config.task")
   options = {"seed": config["seed"], **config["evaluation"]}
-  compare({name: Member(family, options) for name, (family, _) in families.items()}, pairs, folder)
+  own = {name: Member(family, options) for name, (family, _) in families.items()}
+  if NUM_STEPS.value:
+    return {"held-out tasks": own}
+  longer = {**options, "num_steps": BEYOND * options["num_steps"]}
+  beyond = {f"{name}, {BEYOND} times as long": Member(family, longer) for name, (family, _) in families.items()}
+  return {"held-out tasks": own, "longer runs": beyond}
 
 
-class Member(NamedTuple):
-  """Tasks to compare on."""
-
-  family: base.TaskFamily
-  options: dict[str, Any]  # of `evaluation.compare`
-
-
-def chosen_suites(names: list[str]) -> list[str]:
-  """The names that `--suite` has, or all."""
-  there = list(SUITES["suites"])
-  if names == ["all"]:
-    return there
-  if unknown := [name for name in names if name not in there]:
-    raise configuration.ConfigError(f"--suite: no {unknown[0]!r}; there are: {', '.join(there)}, all")
-  return names
-
-
-def members(suite: str) -> dict[str, Member]:
-  """The families of a suite."""
-  built = {}
-  for name, member in SUITES["suites"][suite].items():
-    section = dict(member)
-    options = {**SUITES["evaluation"], "num_steps": section.pop("num_steps", SUITES["evaluation"]["num_steps"])}
-    built[name] = Member(configuration.build("tasks", section, where=f"suites.{suite}.{name}"), options)
-  return built
-
-
-def compare(suite: dict[str, Member], optimizers: dict[str, Any], folder: Path) -> None:
-  """Trains with all optimizers on all members of a suite, and reports."""
+def compare(
+  suite: str, members: dict[str, Member], optimizers: dict[str, Any], chosen: list[str]
+) -> dict[str, comparison.Comparison]:
+  """Trains with all optimizers on all members of a suite."""
   settings = {"num_tasks": NUM_TASKS.value, "num_seeds": NUM_SEEDS.value, "num_steps": NUM_STEPS.value}
   settings = {name: x for name, x in (settings | {"seed": SEED.value}).items() if x is not None}
-  folder.mkdir(parents=True, exist_ok=True)
-  comparisons = {}
-  for name, member in suite.items():
-    title = f"{name}: " if len(suite) > 1 else ""
-    comparisons[name] = configuration.call(
-      evaluation.compare,
-      member.options | settings | {"progress": lambda stage, title=title: print(f"{title}{stage}", flush=True)},
-      member.family,
-      optimizers,
-      where="config.evaluation",
+  compared = {}
+  for name, member in members.items():
+
+    def say(stage: str, name: str = name) -> None:
+      print(f"{suite}: {name}: {stage}", flush=True)
+
+    options = {"progress": say, "baseline_names": chosen, "cache_folder": CACHE.value or None}
+    compared[name] = configuration.call(
+      evaluation.compare, member.options | settings | options, member.family, optimizers, where="config.evaluation"
     )
-  report.write_all(comparisons, folder)
-  print(f"\n{report.table_of_all(comparisons)}\n")
-  for name in optimizers:
-    print(report.verdict_of_all(comparisons, name))
-  print(f"Table, numbers and curves are in {folder}.")
+    if TIMING.value:
+      say("timing")
+      compared[name] = evaluation.with_times(compared[name], member.family, optimizers)
+  return compared
+
+
+def facts(optimizers: dict[str, trained.TrainedOptimizer]) -> report_page.About:
+  """What one has to know to repeat this."""
+  horizons = {name: x.config.get("horizon", {}).get("maximum") for name, x in optimizers.items()}
+  versions = [f"{package} {metadata.version(package)}" for package in ("jax", "jaxlib", "optax", "numpy")]
+  device = jnp.zeros(()).device
+  return report_page.About(
+    facts={
+      "command": shlex.join(["python", *sys.argv]),
+      "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+      "machine": f"{_processor()}, {os.cpu_count()} cores; {platform.system()} {platform.machine()}",
+      "device": f"{getattr(device, 'platform', '')} ({getattr(device, 'device_kind', '')})",
+      "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
+    },
+    horizons={name: steps for name, steps in horizons.items() if isinstance(steps, int)},
+    configurations={name: x.config for name, x in optimizers.items()},
+  )
+
+
+def track(compared: dict[str, dict[str, comparison.Comparison]], folder: Path, about: report_page.About) -> None:
+  """Sends the summaries and their picture to Weights & Biases, and to metrics.jsonl beside the page."""
+  try:
+    tracker = tracking.start(folder, configuration.plain(about._asdict()), wandb_mode=WANDB.value)
+  except ValueError as error:
+    raise configuration.ConfigError(str(error)) from error
+  numbers = {}
+  for suite, members in compared.items():
+    comparisons = list(members.values())
+    for name in comparisons[0].evaluations:
+      s = comparison.summarize(comparisons, name)
+      numbers[f"{suite}/{name}/speed_up"] = s.speed_up.value
+      numbers[f"{suite}/{name}/relative_loss"] = s.relative_loss.value
+      for field in ("mean_loss", "final_loss", "test_loss", "rank", "diverged"):
+        numbers[f"{suite}/{name}/{field}"] = getattr(s, field)
+  tracker.log(0, numbers)
+  tracker.log_image(0, "summary", folder / "summary.png")
+  tracker.finish()
+
+
+def _processor() -> str:
+  """Its name where the system tells it."""
+  cpuinfo = Path("/proc/cpuinfo")
+  lines = cpuinfo.read_text("utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
+  names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+  return names[0] if names else platform.processor() or "unknown processor"
 
 
 def _folder(path: Path) -> Path:

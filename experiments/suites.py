@@ -20,7 +20,7 @@ REPARAMETRIZED = {"augmentation": {"reparametrization": (1e-3, 1e3)}}
 
 def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
-  config.evaluation = {"seed": 0, "num_tasks": 4, "num_seeds": 3, "num_steps": 200}
+  config.evaluation = {"seed": 0, "num_tasks": 4, "num_seeds": 5, "num_steps": 200}
   config.suites = {
     # The families of meta-training with fresh tasks and seeds.
     "fresh": mixture.FAMILIES,

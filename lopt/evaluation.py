@@ -14,29 +14,35 @@ the run seeds 0, 1, 2, …; learning rates are chosen on the run seeds FIRST_TUN
 """
 
 import functools
+import hashlib
+import json
+import math
 import operator
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lopt import baselines, checks, inner_training
+from lopt import base, baselines, cache, checks, comparison, inner_training, measures
 from lopt.base import LearnedOptimizer, PRNGKey, PyTree, Scalar, TaskFamily, TaskParams, Theta
+from lopt.comparison import REFERENCE, UNTUNED, Comparison, Envelope, Runs, Tuning, to_float64
 from lopt.outer import parallel, unrolls
 
 HELD_OUT = "held-out"
 PERIODIC = "periodic"
 FIRST_TUNING_SEED = 2**30
-FINAL_SHARE = 0.05
-"""The share of the steps over which the final training loss, and each point of a smoothed curve, is a mean."""
 MAX_EXTENSIONS = 4
 """By how many half-decades the grid grows at most, while a task's best learning rate is at its end."""
-REFERENCE = "Adam"
-"""The tuned baseline whose final loss is the target of `steps_to_target`."""
+UNTUNED_RATE = 1e-3
+REFERENCE_FACTOR = 4
+"""How many times the horizon the reference is trained at all learning rates: the largest speed-up to be told."""
 
 
 class Tasks(NamedTuple):
@@ -46,96 +52,6 @@ class Tasks(NamedTuple):
   """Leaves [tasks, ...]."""
   keys: Key[Array, " tasks"]
   """With a run seed folded in, the key of everything else that is random in a run."""
-
-
-class Runs(NamedTuple):
-  """What inner training runs produced: losses in the family's common unit, capped at `family.loss_cap`."""
-
-  losses: Float[Array, "*runs T"]
-  """The training loss at each step: that of the step's minibatch, before the update."""
-  held_out_loss: Float[Array, "*runs"]
-  """After the last step, the mean over batches of the validation or the test split."""
-  diverged: Bool[Array, "*runs"]
-  """Whether any of these losses was NaN or reached the cap."""
-
-
-class Tuning(NamedTuple):
-  """How a baseline's learning rate was chosen for one task."""
-
-  learning_rates: tuple[float, ...]
-  """Those tried, ascending."""
-  mean_losses: tuple[float, ...]
-  """The mean training loss of each, over steps and tuning seeds."""
-  best: float
-  """The learning rate with the lowest."""
-  interior: bool
-  """Whether lower and higher ones were tried; if not, a better one may lie outside the grid."""
-
-
-class Measures(NamedTuple):
-  """One optimizer on one task. Losses are in the family's common unit; `_error` is the standard error of the mean
-  over seeds (NaN when there is only one).
-  """
-
-  mean_loss: float
-  """Mean training loss over all steps and seeds: the area under the training curve."""
-  mean_loss_error: float
-  final_loss: float
-  """Mean training loss over the last 5% of the steps and all seeds."""
-  final_loss_error: float
-  test_loss: float
-  """Mean loss on the test split after the last step, over seeds."""
-  test_loss_error: float
-  diverged: float
-  """Share of the runs in which a loss was NaN or reached the cap."""
-  steps_to_target: int | None
-  """`steps_to_reach` of the seeds' mean curve; the target is tuned Adam's `final_loss` on this task."""
-  speed_up: float | None
-  """Tuned Adam's own `steps_to_target` divided by this optimizer's: how many times sooner; None when never."""
-  tuning: Tuning | None
-  """How the learning rate was chosen; None for a learned optimizer, which has none."""
-
-
-class Evaluation(NamedTuple):
-  """One optimizer on all tasks."""
-
-  measures: tuple[Measures, ...]
-  """One a task."""
-  curves: Float[np.ndarray, "tasks seeds T"]
-  """The training losses."""
-
-
-class Comparison(NamedTuple):
-  """Learned optimizers and tuned baselines on the same held-out tasks, with the same seeds."""
-
-  tasks: tuple[str, ...]
-  """What tells each task from the others, in a few words."""
-  num_steps: int
-  num_seeds: int
-  num_tuning_seeds: int
-  seed: int
-  learned: dict[str, Evaluation]
-  baselines: dict[str, Evaluation]
-
-
-class Summary(NamedTuple):
-  """One optimizer, over all tasks of a comparison."""
-
-  mean_loss: float
-  """The mean over tasks; likewise the next three."""
-  final_loss: float
-  test_loss: float
-  diverged: float
-  mean_loss_error: float
-  """The standard error of `mean_loss` over seeds; the tasks are taken as given."""
-  tasks_won: dict[str, int]
-  """For each (other) baseline: the number of tasks on which this optimizer's mean training loss is lower."""
-  tasks_reached: int
-  """The number of tasks on which it reached tuned Adam's final loss."""
-  median_speed_up: float | None
-  """The median over all tasks, those never reached being the slowest; None when the median is one of them."""
-  tasks_interior: int | None
-  """The number of tasks whose best learning rate is interior to the grid; None for a learned optimizer."""
 
 
 Train = Callable[[Theta, Tasks, Int[Array, " seeds"]], Runs]
@@ -151,9 +67,11 @@ def compare(
   seed: int,
   num_tuning_seeds: int = 3,
   num_held_out_batches: int = 8,
+  baseline_names: Sequence[str] = (REFERENCE, "SGDM"),
+  cache_folder: str | Path | None = None,
   progress: Callable[[str], None] | None = None,
 ) -> Comparison:
-  """Trains held-out tasks with learned optimizers, and with Adam and SGDM tuned for each task.
+  """Trains held-out tasks with learned optimizers, and with baselines tuned for each task.
 
   Args:
     family: The tasks; `num_tasks` are drawn, with keys that meta-training never uses.
@@ -162,12 +80,14 @@ def compare(
     seed: Determines the tasks and the runs.
     num_tuning_seeds: Runs for each learning rate and task, with other seeds than the reported ones.
     num_held_out_batches: Over how many batches a validation or test loss is averaged.
+    baseline_names: Of `baselines.ALL`; Adam is always there, tuned and as it is.
+    cache_folder: Where runs of baselines are kept and found again, by the computation that they are; None: nowhere.
     progress: Is told, before each stage, what is about to run.
 
   Raises:
-    ValueError: For a count below 1, a name of a baseline, or a θ that is not of its architecture.
+    ValueError: For a count below 1, a name of a baseline or none of one, or a θ that is not of its architecture.
+    OSError: The cache cannot be written.
   """
-  tuned = {REFERENCE: baselines.adam(), "SGDM": baselines.sgdm()}
   checks.counts(
     num_tasks=num_tasks,
     num_seeds=num_seeds,
@@ -175,59 +95,143 @@ def compare(
     num_tuning_seeds=num_tuning_seeds,
     num_held_out_batches=num_held_out_batches,
   )
+  for name in baseline_names:
+    known = ", ".join(map(repr, baselines.ALL))
+    checks.require(name in baselines.ALL, "baseline_names", name, f"among {known}")
   for name, (optimizer, theta) in optimizers.items():
-    if name in tuned:
+    if name in baselines.ALL or name == UNTUNED:
       raise ValueError(f"optimizers: {name!r} is the name of a baseline; give the learned optimizer another name")
     _check_theta(name, optimizer, theta)
+  baseline_names = list(dict.fromkeys([REFERENCE, *baseline_names]))
   say = progress or (lambda message: None)
   tasks = sample_tasks(family, seed, HELD_OUT, num_tasks)
   seeds = jnp.arange(num_seeds)
+  build = functools.partial(
+    build_train, family, num_steps=num_steps, num_held_out_batches=num_held_out_batches, split="test"
+  )
+  build_shared = functools.cache(build)  # one program for several θ of one architecture
 
-  @functools.cache  # one program for several θ of one architecture
-  def build(optimizer: LearnedOptimizer, *, theta_per_task: bool = False) -> Train:
-    return build_train(
-      family,
-      optimizer,
-      num_steps=num_steps,
-      num_held_out_batches=num_held_out_batches,
-      split="test",
-      theta_per_task=theta_per_task,
-    )
+  def train_learned(name: str, optimizer: LearnedOptimizer, theta: Theta) -> Runs:
+    say(f"{name}: training {num_tasks} tasks × {num_seeds} seeds")
+    return _only(build_shared(optimizer)(_one(theta), tasks, seeds), 0)
 
-  def tune_and_train(name: str, optimizer: LearnedOptimizer) -> tuple[Runs, list[Tuning]]:
+  def train_baseline(name: str) -> cache.Arrays:
+    optimizer = baselines.ALL[name]()
     train = build(optimizer, theta_per_task=True)
     tuning_seeds = FIRST_TUNING_SEED + jnp.arange(num_tuning_seeds)
 
     def mean_losses(learning_rates: Float[np.ndarray, "tasks rates"]) -> Float[np.ndarray, "tasks rates"]:
       runs = train(baselines.theta_at(learning_rates), tasks, tuning_seeds)
-      return _to_numpy(runs.losses).mean(axis=(1, 3))
+      return to_float64(runs.losses).mean(axis=(1, 3))
 
     say(f"{name}: choosing the learning rate of each of {num_tasks} tasks")
     tuning = tune(mean_losses, num_tasks)
-    say(f"{name}: training with the best")
     best = np.asarray([[t.best] for t in tuning])
-    return train(baselines.theta_at(best), tasks, seeds), tuning
-
-  def train_learned(name: str, optimizer: LearnedOptimizer, theta: Theta) -> Runs:
-    say(f"{name}: training {num_tasks} tasks × {num_seeds} seeds")
-    return build(optimizer)(_one(theta), tasks, seeds)
+    if name != REFERENCE:
+      say(f"{name}: training with the best")
+      return _pack({name: _only(train(baselines.theta_at(best), tasks, seeds), 0)}, tuning)
+    say(f"{name}: training with all, {REFERENCE_FACTOR} times as long")
+    rates = np.concatenate([np.tile(baselines.LEARNING_RATES, (num_tasks, 1)), best], axis=1)
+    train = build(optimizer, theta_per_task=True, extra_steps=(REFERENCE_FACTOR - 1) * num_steps)
+    runs = train(baselines.theta_at(rates), tasks, seeds)
+    ladder = measures.ladder(np.asarray(runs.losses), num_steps)
+    runs = runs._replace(losses=runs.losses[..., :num_steps])
+    columns = {REFERENCE: -1, UNTUNED: baselines.LEARNING_RATES.index(UNTUNED_RATE)}
+    packed = _pack({name: _only(runs, index) for name, index in columns.items()}, tuning)
+    return packed | {f"ladder/{name}": x for name, x in ladder._asdict().items()}
 
   learned = {name: train_learned(name, *value) for name, value in optimizers.items()}
-  tuned = {name: tune_and_train(name, optimizer) for name, optimizer in tuned.items()}
-  reference, _ = tuned[REFERENCE]
-  reference_curves = _to_numpy(reference.losses)[:, :, 0].mean(axis=1)
-  targets = [smooth(curve)[-1] for curve in reference_curves]
-  # Adam itself may reach the loss that it ends with before its last step; the same rule for both is fair to it.
-  reference_steps = [steps_to_reach(*pair) or num_steps for pair in zip(reference_curves, targets, strict=True)]
+  key = {"family": _fingerprint(family) if cache_folder else None, "tasks": num_tasks, "seeds": num_seeds}
+  key |= {"steps": num_steps, "seed": seed, "tuning_seeds": num_tuning_seeds, "batches": num_held_out_batches}
+  key |= {"sources": _sources(), "jax": jax.__version__, "optax": optax.__version__, "on": jax.default_backend()}
+  packed = {
+    name: cache.remember(cache_folder, {**key, "baseline": name}, functools.partial(train_baseline, name))
+    for name in baseline_names
+  }
+  ladder = measures.Ladder(packed[REFERENCE]["ladder/steps"], packed[REFERENCE]["ladder/curves"])
+  runs, tuning = dict(learned), {}
+  for name, arrays in packed.items():
+    some, tuning[name] = _unpack(arrays)
+    runs |= some
+  envelope = Envelope(ladder.steps, measures.envelope(ladder.curves.mean(axis=1)))
+  evaluations = comparison.evaluate(runs, tuning, ladder, envelope, num_steps, seed)
   return Comparison(
     tasks=tuple(_describe(jax.tree.map(operator.itemgetter(i), tasks.params)) for i in range(num_tasks)),
     num_steps=num_steps,
     num_seeds=num_seeds,
     num_tuning_seeds=num_tuning_seeds,
     seed=seed,
-    learned={name: _evaluation(runs, [None] * num_tasks, targets, reference_steps) for name, runs in learned.items()},
-    baselines={name: _evaluation(*value, targets, reference_steps) for name, value in tuned.items()},
+    learned={name: evaluations.pop(name) for name in learned},
+    baselines=evaluations,
+    envelope=envelope,
+    seconds_per_step={},
   )
+
+
+def seconds_per_step(
+  family: TaskFamily,
+  optimizer: LearnedOptimizer,
+  theta: Theta,
+  *,
+  num_steps: int,
+  at_least: float = 0.2,
+  repeats: int = 5,
+) -> float:
+  """The time of one inner step (batch, gradient, update) of one run that has the machine to itself.
+
+  Compiled steps follow each other without a return to Python, on one device, for `at_least` seconds after compiling
+  and a first call that are not counted; the median of that many repeats. For it to mean anything, nothing else may
+  run meanwhile.
+
+  Args:
+    family, optimizer, theta: What is trained by what; on the first held-out task of seed 0.
+    num_steps: What the optimizer is told that the run's length is.
+    at_least: Seconds of a repeat.
+    repeats: Their number.
+  """
+  task = jax.tree.map(operator.itemgetter(0), sample_tasks(family, 0, HELD_OUT, 1))
+  init_key, steps_key = jax.random.split(task.keys)
+
+  @jax.jit
+  def start(theta: Theta) -> PyTree:
+    params = family.init(init_key, task.params)
+    return params, optimizer.transform(theta, num_steps).init(params), jnp.float32(0)
+
+  @jax.jit
+  def run(theta: Theta, state: PyTree, steps: Int[Array, ""]) -> PyTree:
+    def step(t: Int[Array, ""], state: PyTree) -> PyTree:
+      params, optimizer_state, losses = state
+      tx, key = optimizer.transform(theta, num_steps), jax.random.fold_in(steps_key, t)
+      *state, loss = inner_training.train_step(family, tx, key, params, optimizer_state, task.params)
+      return *state, losses + loss  # used, or else XLA would leave it out
+
+    return jax.lax.fori_loop(0, steps, step, state)
+
+  def measure(steps: int) -> float:
+    begun = time.perf_counter()
+    jax.block_until_ready(run(theta, state, jnp.int32(steps)))
+    return time.perf_counter() - begun
+
+  theta = jax.tree.map(np.asarray, theta)  # it may have been committed to several devices
+  state = start(theta)
+  steps = 10
+  measure(steps)
+  while (seconds := measure(steps)) < at_least:
+    steps = math.ceil(steps * min(1.2 * at_least / seconds, 10.0))
+  return float(np.median([measure(steps) / steps for _ in range(repeats)]))
+
+
+def with_times(
+  comparison: Comparison, family: TaskFamily, optimizers: Mapping[str, tuple[LearnedOptimizer, Theta]]
+) -> Comparison:
+  """Adds `seconds_per_step` of all optimizers, one after the other; baselines at the learning rate 1e-3."""
+  made = {name: baselines.ALL[name]() for name in comparison.baselines if name != UNTUNED}
+  everyone = {**optimizers, **{name: (optimizer, baselines.theta_at(1e-3)) for name, optimizer in made.items()}}
+  seconds = {
+    name: seconds_per_step(family, optimizer, theta, num_steps=comparison.num_steps)
+    for name, (optimizer, theta) in everyone.items()
+  }
+  return comparison._replace(seconds_per_step=seconds | {UNTUNED: seconds[REFERENCE]})
 
 
 def build_metrics(
@@ -243,7 +247,8 @@ def build_metrics(
   """The periodic evaluation while meta-training: `(theta) -> metrics`, on fixed tasks; compiled at the first call.
 
   The tasks are neither meta-training's nor those of `compare`. The metrics `mean_loss`, `final_loss`,
-  `validation_loss` and `diverged` are means over tasks and seeds, defined as in `Measures`, on the validation split.
+  `validation_loss` and `diverged` are means over tasks and seeds, defined as in `comparison.Measures`, on the
+  validation split.
 
   Raises:
     ValueError: For a count below 1.
@@ -259,37 +264,15 @@ def build_metrics(
 
   def metrics(theta: Theta) -> dict[str, float]:
     runs = train(_one(theta), tasks, jnp.arange(num_seeds))
-    losses = _to_numpy(runs.losses)
+    losses = to_float64(runs.losses)
     return {
       "mean_loss": float(losses.mean()),
-      "final_loss": float(losses[..., -window(num_steps) :].mean()),
-      "validation_loss": float(_to_numpy(runs.held_out_loss).mean()),
-      "diverged": float(_to_numpy(runs.diverged).mean()),
+      "final_loss": float(losses[..., -measures.window(num_steps) :].mean()),
+      "validation_loss": float(to_float64(runs.held_out_loss).mean()),
+      "diverged": float(to_float64(runs.diverged).mean()),
     }
 
   return metrics
-
-
-def summarize(comparison: Comparison, name: str) -> Summary:
-  """One optimizer of a comparison, over all tasks."""
-  own = (comparison.learned | comparison.baselines)[name].measures
-  # A never takes longer than anything, and must weigh on the median.
-  relative_steps = float(np.median([1 / m.speed_up if m.speed_up else np.inf for m in own]))
-  return Summary(
-    mean_loss=float(np.mean([m.mean_loss for m in own])),
-    final_loss=float(np.mean([m.final_loss for m in own])),
-    test_loss=float(np.mean([m.test_loss for m in own])),
-    diverged=float(np.mean([m.diverged for m in own])),
-    mean_loss_error=float(np.sqrt(np.sum(np.square([m.mean_loss_error for m in own]))) / len(own)),
-    tasks_won={
-      other: sum(m.mean_loss < o.mean_loss for m, o in zip(own, evaluation.measures, strict=True))
-      for other, evaluation in comparison.baselines.items()
-      if other != name
-    },
-    tasks_reached=sum(m.steps_to_target is not None for m in own),
-    median_speed_up=1 / relative_steps if np.isfinite(relative_steps) else None,
-    tasks_interior=sum(m.tuning.interior for m in own if m.tuning) if name in comparison.baselines else None,
-  )
 
 
 def sample_tasks(family: TaskFamily, seed: int, purpose: str, num_tasks: int) -> Tasks:
@@ -313,18 +296,20 @@ def build_train(
   num_held_out_batches: int = 8,
   split: str = "validation",
   theta_per_task: bool = False,
+  extra_steps: int = 0,
 ) -> Train:
   """One compiled program that trains every task with every seed and every one of several θ, on all local devices.
 
   Args:
     family, optimizer: What is trained by what.
-    num_steps: The length of each run.
-    num_held_out_batches: Over how many batches of `split` the loss after the last step is averaged.
+    num_steps: The length T of each run.
+    num_held_out_batches: Over how many batches of `split` the loss after step T is averaged.
     split: 'validation', or 'test', which nothing is meta-trained or chosen on.
     theta_per_task: Whether the tasks have θ of their own: leaves [tasks, thetas, ...] instead of [thetas, ...].
+    extra_steps: How long training goes on after step T, for the sake of the training losses.
 
   Returns:
-    `(thetas, tasks, seeds) -> Runs`, its arrays [tasks, seeds, thetas, ...].
+    `(thetas, tasks, seeds) -> Runs`, its arrays [tasks, seeds, thetas, ...], its losses of T + extra_steps steps.
   """
 
   def cap(loss: Scalar, task_params: TaskParams) -> tuple[Scalar, Bool[Array, ""]]:
@@ -347,20 +332,31 @@ def build_train(
       params, state, losses, bad = jax.vmap(update)(thetas, params, state)
       return (params, state, diverged | bad), losses
 
-    def validate(params: PyTree, key: PRNGKey) -> tuple[Float[Array, " thetas"], Bool[Array, " thetas"]]:
+    def validate(params: PyTree, key: PRNGKey) -> tuple[dict[str, Float[Array, " thetas"]], Bool[Array, " thetas"]]:
       batch_key, loss_key = jax.random.split(key)
       batch = family.batch(batch_key, task_params, split)
-      return jax.vmap(lambda p: cap(family.loss(p, loss_key, batch, task_params)[0], task_params))(params)
+
+      def loss_and_metrics(params: PyTree) -> tuple[base.Metrics, Bool[Array, ""]]:
+        loss, metrics = family.loss(params, loss_key, batch, task_params)
+        loss, bad = cap(loss, task_params)
+        return {**{name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}, "": loss}, bad
+
+      return jax.vmap(loss_and_metrics)(params)
 
     num_thetas = jax.tree.leaves(thetas)[0].shape[0]
     params = family.init(init_key, task_params)
     params = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_thetas, *x.shape)), params)
     state = jax.vmap(lambda theta, params: optimizer.transform(theta, num_steps).init(params))(thetas, params)
-    start = (params, state, jnp.zeros(num_thetas, bool))
-    (params, _, diverged), losses = jax.lax.scan(step, start, jnp.arange(num_steps))
+    carry, losses = jax.lax.scan(step, (params, state, jnp.zeros(num_thetas, bool)), jnp.arange(num_steps))
+    params, state, diverged = carry
+    params = jax.vmap(baselines.evaluation_params)(state, params)
     keys = jax.random.split(validation_key, num_held_out_batches)
-    held_out_losses, bad = jax.lax.map(lambda key: validate(params, key), keys)
-    return Runs(losses.T, jnp.mean(held_out_losses, axis=0), diverged | jnp.any(bad, axis=0))
+    metrics, bad = jax.lax.map(lambda key: validate(params, key), keys)
+    metrics = {name: jnp.mean(x, axis=0) for name, x in metrics.items()}
+    if extra_steps:
+      _, more = jax.lax.scan(step, carry, num_steps + jnp.arange(extra_steps))
+      losses = jnp.concatenate([losses, more])
+    return Runs(losses.T, metrics.pop(""), metrics, diverged | jnp.any(bad, axis=0))
 
   def train(thetas: Theta, tasks: Tasks, seeds: Int[Array, " seeds"]) -> Runs:
     num_tasks, num_seeds = len(tasks.keys), len(seeds)
@@ -418,65 +414,61 @@ def tune(
   ]
 
 
-def smooth(curve: Float[np.ndarray, "*runs T"]) -> Float[np.ndarray, "*runs steps"]:
-  """The trailing mean of a curve over w = `window(T)` steps, along the last axis.
-
-  Only whole windows: entry i is the mean of the losses of steps i+1, …, i+w, as known after step i+w.
-  """
-  return np.lib.stride_tricks.sliding_window_view(curve, window(curve.shape[-1]), axis=-1).mean(axis=-1)
-
-
-def steps_to_reach(curve: Float[np.ndarray, " T"], target: float) -> int | None:
-  """The first number of steps after which the smoothed curve is at or below the target; None when never.
-
-  Smoothed as in `smooth`, so never before 5% of the steps. A curve reaches its own final loss, at the last step if
-  not before.
-  """
-  reached = np.flatnonzero(smooth(curve) <= target)
-  return int(reached[0]) + window(len(curve)) if reached.size else None
+def _pack(runs: Mapping[str, Runs], tuning: Sequence[Tuning]) -> cache.Arrays:
+  """Runs by name as arrays by name, for the cache; `_unpack` has them back."""
+  packed = {"tuning": np.array(json.dumps([t._asdict() for t in tuning]))}
+  for name, x in runs.items():
+    metrics = {f"metric/{metric}": value for metric, value in x.held_out_metrics.items()}
+    arrays = {"losses": x.losses, "held_out_loss": x.held_out_loss, "diverged": x.diverged, **metrics}
+    packed |= {f"runs/{name}/{field}": np.asarray(value) for field, value in arrays.items()}
+  return packed
 
 
-def window(num_steps: int) -> int:
-  """The length of the window of `smooth`: 5% of the steps, at least one."""
-  return max(1, round(FINAL_SHARE * num_steps))
+def _unpack(packed: cache.Arrays) -> tuple[dict[str, Runs], list[Tuning]]:
+  fields: dict[str, dict[str, np.ndarray]] = {}
+  for path, array in packed.items():
+    if path.startswith("runs/"):
+      _, name, field = path.split("/", 2)
+      fields.setdefault(name, {})[field] = array
+  runs = {
+    name: Runs(
+      held_out_metrics={x.removeprefix("metric/"): a for x, a in own.items() if x.startswith("metric/")},
+      **{x: a for x, a in own.items() if not x.startswith("metric/")},
+    )
+    for name, own in fields.items()
+  }
+  tuning = [
+    Tuning(tuple(t["learning_rates"]), tuple(t["mean_losses"]), t["best"], t["interior"])
+    for t in json.loads(packed["tuning"].item())
+  ]
+  return runs, tuning
 
 
-def _evaluation(
-  runs: Runs, tuning: Sequence[Tuning | None], targets: Sequence[float], reference_steps: Sequence[int]
-) -> Evaluation:
-  """Measures of runs [tasks, seeds, 1, ...]; the last two are the reference's final loss and its steps to it."""
-  losses, test_loss, diverged = (_to_numpy(x)[:, :, 0] for x in runs)
-  return Evaluation(tuple(map(_measures, losses, test_loss, diverged, tuning, targets, reference_steps)), losses)
+def _fingerprint(family: TaskFamily) -> str:
+  """A hash of all that a family computes: its functions as compiled, with the data that they hold."""
+
+  def everything(key: PRNGKey) -> PyTree:
+    task_params = family.sample(key)
+    params = family.init(key, task_params)
+    batches = {split: family.batch(key, task_params, split) for split in ("train", "test")}
+    loss_and_gradients = jax.value_and_grad(family.loss, has_aux=True)
+    (loss, metrics), gradients = loss_and_gradients(params, key, batches["train"], task_params)
+    return task_params, params, batches, metrics, gradients, family.normalize(loss, task_params)
+
+  program = jax.jit(everything).lower(jax.random.key(0)).as_text()
+  return hashlib.sha256(f"{family.loss_cap}{program}".encode()).hexdigest()
 
 
-def _measures(
-  losses: Float[np.ndarray, "seeds T"],
-  test_loss: Float[np.ndarray, " seeds"],
-  diverged: Float[np.ndarray, " seeds"],
-  tuning: Tuning | None,
-  target: float,
-  reference_steps: int,
-) -> Measures:
-  curve = losses.mean(axis=0)
-  steps = steps_to_reach(curve, target)
-  return Measures(
-    mean_loss=float(losses.mean()),
-    mean_loss_error=_standard_error(losses.mean(axis=1)),
-    final_loss=float(smooth(curve)[-1]),
-    final_loss_error=_standard_error(smooth(losses)[:, -1]),
-    test_loss=float(test_loss.mean()),
-    test_loss_error=_standard_error(test_loss),
-    diverged=float(diverged.mean()),
-    steps_to_target=steps,
-    speed_up=reference_steps / steps if steps else None,
-    tuning=tuning,
-  )
+@functools.cache
+def _sources() -> str:
+  """A hash of the files that say how baselines are trained."""
+  there = [Path(module.__file__ or "") for module in (baselines, inner_training, measures, unrolls, base)]
+  return hashlib.sha256(b"".join(path.read_bytes() for path in (Path(__file__), *there))).hexdigest()
 
 
-def _standard_error(values: Float[np.ndarray, " seeds"]) -> float:
-  if len(values) < 2:
-    return float("nan")
-  return float(values.std(ddof=1) / len(values) ** 0.5)
+def _only(runs: Runs, index: int) -> Runs:
+  """[tasks, seeds, thetas, ...] -> [tasks, seeds, ...], of one θ."""
+  return jax.tree.map(lambda x: np.asarray(x[:, :, index]), runs)
 
 
 def _one(theta: Theta) -> Theta:
@@ -486,11 +478,6 @@ def _one(theta: Theta) -> Theta:
 
 def _take(tree: PyTree, index: Int[Array, " n"]) -> PyTree:
   return jax.tree.map(lambda x: x[index], tree)
-
-
-def _to_numpy(x: Array) -> np.ndarray:
-  """In float64, so that means of many float32 are exact enough to be compared."""
-  return np.asarray(x, np.float64)
 
 
 def _describe(task_params: TaskParams) -> str:

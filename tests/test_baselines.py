@@ -1,8 +1,11 @@
 """Baselines against plain-NumPy recursions of the papers' algorithms."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lopt import baselines
@@ -10,7 +13,7 @@ from lopt import baselines
 LEARNING_RATES = np.array([1e-3, 0.1, 0.5])
 CURVATURE = np.array([0.5, 1.0, 4.0])
 START = np.array([1.0, -2.0, 0.5])
-STEPS = 7
+STEPS = 12
 
 
 def gradient(x, t):
@@ -18,51 +21,211 @@ def gradient(x, t):
   return CURVATURE * (x - np.sin(t))
 
 
-def numpy_adam(learning_rate):
-  """Kingma & Ba 2015, algorithm 1."""
-  x, m, v = START.copy(), np.zeros(3), np.zeros(3)
+def trained(step):
+  """`(learning rate) -> x` after STEPS steps of `(x, g, t, state, learning rate) -> x`, t from 1."""
+
+  def train(learning_rate):
+    x, state = START.copy(), {"m": np.zeros(3), "v": np.zeros(3), "max": np.zeros(3)}
+    for t in range(1, STEPS + 1):
+      x = step(x, gradient(x, t), t, state, learning_rate)
+    return x
+
+  return train
+
+
+def moments(g, t, state, b1=0.9, b2=0.999):
+  """Adam's two, corrected for their start."""
+  state["m"] = b1 * state["m"] + (1 - b1) * g
+  state["v"] = b2 * state["v"] + (1 - b2) * g**2
+  return state["m"] / (1 - b1**t), state["v"] / (1 - b2**t)
+
+
+def sgd(x, g, t, state, rate):
+  return x - rate * g
+
+
+def sgdm(x, g, t, state, rate):
+  state["m"] = 0.9 * state["m"] + g
+  return x - rate * state["m"]
+
+
+def nesterov(x, g, t, state, rate):
+  state["m"] = 0.9 * state["m"] + g
+  return x - rate * (g + 0.9 * state["m"])
+
+
+def rmsprop(x, g, t, state, rate):
+  state["v"] = 0.9 * state["v"] + 0.1 * g**2
+  return x - rate * g / np.sqrt(state["v"] + 1e-8)
+
+
+def adam(x, g, t, state, rate):
+  m, v = moments(g, t, state)
+  return x - rate * m / (np.sqrt(v) + 1e-8)
+
+
+def adamw(x, g, t, state, rate):
+  return adam(x, g, t, state, rate) - rate * 0.01 * x
+
+
+def nadam(x, g, t, state, rate):
+  """As Optax has it: the momentum of the next step, for which the gradient is taken once more."""
+  _, v = moments(g, t, state)
+  m = 0.9 * state["m"] / (1 - 0.9 ** (t + 1)) + 0.1 * g / (1 - 0.9**t)
+  return x - rate * m / (np.sqrt(v) + 1e-8)
+
+
+def amsgrad(x, g, t, state, rate):
+  m, v = moments(g, t, state)
+  state["max"] = np.maximum(state["max"], v)
+  return x - rate * m / (np.sqrt(state["max"]) + 1e-8)
+
+
+def lion(x, g, t, state, rate):
+  direction = np.sign(0.9 * state["m"] + 0.1 * g)
+  state["m"] = 0.99 * state["m"] + 0.01 * g
+  return x - rate * (direction + 1e-3 * x)
+
+
+def adafactor(x, g, t, state, rate):
+  """Algorithm 4 of the paper for a vector: steps relative to its root mean square, which are at most that large."""
+  decay = 1 - t**-0.8
+  state["v"] = decay * state["v"] + (1 - decay) * (g**2 + 1e-30)
+  update = g / np.sqrt(state["v"])
+  update = update / max(1.0, np.sqrt(np.mean(update**2)))
+  return x - rate * max(1e-3, np.sqrt(np.mean(x**2))) * update
+
+
+def adam_cosine(x, g, t, state, rate):
+  return adam(x, g, t, state, rate * 0.5 * (1 + np.cos(np.pi * (t - 1) / STEPS)))
+
+
+def adam_warmup_cosine(x, g, t, state, rate):
+  """A tenth of 12 steps is one: the first has the whole learning rate, and the other 11 fall from it."""
+  return adam(x, g, t, state, rate * 0.5 * (1 + np.cos(np.pi * max(t - 2, 0) / (STEPS - 1))))
+
+
+REFERENCES = [
+  sgd,
+  sgdm,
+  nesterov,
+  rmsprop,
+  adam,
+  adamw,
+  nadam,
+  amsgrad,
+  lion,
+  adafactor,
+  adam_cosine,
+  adam_warmup_cosine,
+]
+
+
+def schedule_free(learning_rate):
+  """Defazio et al. 2024, algorithm 1, as written there: y, z and x kept apart. Returns (y, x)."""
+  x, z, v = START.copy(), START.copy(), np.zeros(3)
+  y = x
   for t in range(1, STEPS + 1):
-    g = gradient(x, t)
-    m = 0.9 * m + 0.1 * g
+    g = gradient(y, t)
     v = 0.999 * v + 0.001 * g**2
-    x = x - learning_rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
-  return x
+    z = z - learning_rate * g / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    x = (1 - 1 / t) * x + z / t
+    y = 0.1 * z + 0.9 * x
+  return y, x
 
 
-def numpy_sgdm(learning_rate):
-  """Heavy ball, without damping or Nesterov's look-ahead."""
-  x, m = START.copy(), np.zeros(3)
-  for t in range(1, STEPS + 1):
-    m = 0.9 * m + gradient(x, t)
-    x = x - learning_rate * m
-  return x
-
-
-@pytest.mark.parametrize(
-  ("baseline", "reference"), [(baselines.adam, numpy_adam), (baselines.sgdm, numpy_sgdm)], ids=["adam", "sgdm"]
-)
-def test_equals_numpy_reference_under_vmap_over_learning_rates(baseline, reference):
-  optimizer = baseline()
+def run(optimizer, shape=(3,)):
+  """Parameters and those to evaluate, for each learning rate, under jit and vmap."""
 
   @jax.jit
   @jax.vmap
   def train(theta):
     tx = optimizer.transform(theta, STEPS)
-    x = jnp.asarray(START, jnp.float32)
+    x = jnp.asarray(START, jnp.float32).reshape(shape)
     state = tx.init(x)
     for t in range(1, STEPS + 1):
-      g = jnp.asarray(CURVATURE, jnp.float32) * (x - np.float32(np.sin(t)))
+      g = jnp.asarray(CURVATURE, jnp.float32).reshape(shape) * (x - np.float32(np.sin(t)))
       updates, state = tx.update(g, state, x, value=jnp.float32(0))
       x = x + updates
-    return x
+    return x, baselines.evaluation_params(state, x)
 
-  expected = np.stack([reference(learning_rate) for learning_rate in LEARNING_RATES])
-  np.testing.assert_allclose(train(baselines.theta_at(LEARNING_RATES)), expected, rtol=2e-4, atol=1e-6)
+  return train(baselines.theta_at(LEARNING_RATES))
 
 
-@pytest.mark.parametrize("baseline", [baselines.adam, baselines.sgdm])
-def test_initial_theta_is_the_learning_rate_1e_3(baseline):
-  theta = baseline().init(jax.random.key(0))
+@pytest.mark.parametrize("reference", REFERENCES, ids=lambda x: x.__name__)
+def test_equals_numpy_reference_under_vmap_over_learning_rates(reference):
+  x, to_evaluate = run(getattr(baselines, reference.__name__)())
+  expected = np.stack([trained(reference)(learning_rate) for learning_rate in LEARNING_RATES])
+  np.testing.assert_allclose(x, expected, rtol=3e-4, atol=1e-5)
+  np.testing.assert_array_equal(to_evaluate, x)
+
+
+def test_schedule_free_adamw_trains_at_y_and_is_evaluated_at_x():
+  y, x = run(baselines.schedule_free_adamw())
+  expected = [schedule_free(learning_rate) for learning_rate in LEARNING_RATES]
+  np.testing.assert_allclose(y, [e[0] for e in expected], rtol=3e-4, atol=1e-5)
+  np.testing.assert_allclose(x, [e[1] for e in expected], rtol=3e-4, atol=1e-5)
+  assert np.abs(x - y).max() > 0.01
+
+
+def numpy_muon_step(gradients):
+  """The step after these gradients of a matrix, for learning rate 1: Newton-Schulz as Jordan et al. have it."""
+  m = u = np.zeros_like(gradients[0])
+  for t, g in enumerate(gradients, start=1):
+    m = 0.95 * m + 0.05 * g
+    u = 0.95 * m / (1 - 0.95 ** (t + 1)) + 0.05 * g / (1 - 0.95**t)
+  tall = u.shape[0] > u.shape[1]
+  x = u.T if tall else u
+  x = x / (np.linalg.norm(x) + 1e-8)
+  for _ in range(5):
+    a = x @ x.T
+    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+  return -0.2 * np.sqrt(max(u.shape)) * (x.T if tall else x)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (6, 2), (2, 2, 3, 4)])
+def test_muon_steps_of_matrices_and_kernels_are_orthogonalised_momentum(shape):
+  rng = np.random.default_rng(0)
+  gradients = rng.normal(size=(3, *shape))
+  tx = baselines.muon().transform(baselines.theta_at(1.0), STEPS)
+  params = {"w": jnp.zeros(shape), "b": jnp.zeros(4)}
+  state, adam_state = tx.init(params), optax.nadam(1.0).init(params["b"])
+  updates: Any = None
+  expected_b: Any = None
+  for g in gradients:
+    b = jnp.asarray(g.ravel()[:4], jnp.float32)
+    updates, state = tx.update({"w": jnp.asarray(g, jnp.float32), "b": b}, state, params, value=jnp.float32(0))
+    expected_b, adam_state = optax.nadam(1.0).update(b, adam_state)
+  matrices = [g.reshape(-1, shape[-1]) for g in gradients]
+  np.testing.assert_allclose(updates["w"].reshape(matrices[0].shape), numpy_muon_step(matrices), rtol=2e-3, atol=1e-4)
+  np.testing.assert_allclose(updates["b"], expected_b, rtol=1e-5)
+
+
+def test_warm_up_is_a_tenth_of_the_steps_and_both_schedules_fall_to_zero():
+  def rates(baseline, num_steps):
+    """Of Adam's steps, which on a constant gradient are the learning rate."""
+    tx = baseline().transform(baselines.theta_at(0.1), jnp.int32(num_steps))  # T may be traced
+
+    def step(state, _):
+      updates, state = tx.update(jnp.float32(1.0), state, jnp.float32(0.0), value=jnp.float32(0))
+      return state, -updates
+
+    return jax.lax.scan(step, tx.init(jnp.float32(0.0)), None, length=num_steps)[1]
+
+  t = np.arange(40)
+  cosine = 0.1 * optax.cosine_decay_schedule(1.0, 40)(t)
+  np.testing.assert_allclose(rates(baselines.adam_cosine, 40), cosine, rtol=1e-4, atol=1e-6)
+  after = 0.1 * np.asarray(optax.cosine_decay_schedule(1.0, 36)(t[:36]))
+  warm = rates(baselines.adam_warmup_cosine, 40)
+  np.testing.assert_allclose(warm, [0.025, 0.05, 0.075, 0.1, *after], rtol=1e-4, atol=1e-6)
+  for num_steps in (1, 2, 3):
+    assert np.isfinite(rates(baselines.adam_warmup_cosine, num_steps)).all()
+
+
+@pytest.mark.parametrize("name", baselines.ALL)
+def test_all_begin_at_the_learning_rate_1e_3(name):
+  optimizer = baselines.ALL[name]()
+  theta = optimizer.init(jax.random.key(0))
   assert set(theta) == {"log_learning_rate"}
   assert theta["log_learning_rate"].shape == ()
   np.testing.assert_allclose(np.exp(theta["log_learning_rate"]), 1e-3, rtol=1e-6)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from lopt import baselines, evaluation
+from lopt import baselines, comparison, evaluation, measures
 from lopt.base import LearnedOptimizer, TaskFamily
 from lopt.outer import parallel
 
@@ -37,7 +37,7 @@ def quadratic_family(noise=0.0, on_trace=lambda: None):
   def loss(params, key, batch, task_params):
     on_trace()
     value = SCALE * task_params["curvature"] * params["x"] ** 2 / 2
-    return value + SCALE * (noise * batch["z"] + batch["offset"]), {}
+    return value + SCALE * (noise * batch["z"] + batch["offset"]), {"distance": jnp.abs(params["x"])}
 
   return TaskFamily(sample, init, batch, loss, lambda loss, task_params: loss / SCALE, CAP)
 
@@ -200,6 +200,7 @@ def test_number_of_devices_and_size_of_blocks_do_not_change_the_numbers(monkeypa
   monkeypatch.setattr(jax, "local_devices", lambda: devices[:num_devices])
   monkeypatch.setitem(parallel.RUNS_PER_BLOCK, "cpu", block)
   runs = evaluation.build_train(family, sgd(), num_steps=5)(baselines.theta_at(rates), tasks, jnp.arange(5))
+  assert isinstance(runs.losses, jax.Array)
   assert runs.losses.sharding.num_devices == num_devices
   for i, j, k in np.ndindex(2, 5, 2):
     x0_curve = sgd_curve(*task_and_start(family, 0, evaluation.HELD_OUT, i, j), rates[k], 5)[:5]
@@ -253,32 +254,13 @@ def test_tuning_says_so_when_the_best_stays_at_the_end():
   assert len(asked) == 1 + evaluation.MAX_EXTENSIONS
 
 
-def test_smooth_and_steps_to_reach_on_hand_made_curves():
-  curve = np.arange(40.0, 0.0, -1.0)  # 40, 39, …, 1; a window of 2
-  assert evaluation.window(40) == 2
-  np.testing.assert_array_equal(evaluation.smooth(curve)[[0, 1, -1]], [39.5, 38.5, 1.5])
-  assert evaluation.smooth(curve).shape == (39,)
-  assert evaluation.steps_to_reach(curve, 100.0) == 2  # never before the first window is full
-  assert evaluation.steps_to_reach(curve, 39.5) == 2
-  assert evaluation.steps_to_reach(curve, 39.4) == 3
-  assert evaluation.steps_to_reach(curve, 30.5) == 11  # 31 and 30 are the losses of steps 10 and 11
-  assert evaluation.steps_to_reach(curve, 1.5) == 40
-  assert evaluation.steps_to_reach(curve, 1.4) is None
-  one_dip = np.ones(40)
-  one_dip[7] = 0.0
-  assert evaluation.steps_to_reach(one_dip, 0.5) == 8
-  assert evaluation.steps_to_reach(one_dip, 0.4) is None
-  assert evaluation.window(3) == 1
-  assert evaluation.steps_to_reach(np.array([3.0, 2.0, np.inf]), 2.0) == 2
-
-
 @pytest.fixture(scope="module")
 def family():
   return quadratic_family()
 
 
 @pytest.fixture(scope="module")
-def comparison(family):
+def compared(family):
   """Two θ of one architecture, and the baselines."""
   fast, slow = (baselines.theta_at(rate) for rate in (0.2, 1e-4))
   optimizer = sgd()
@@ -293,13 +275,13 @@ def comparison(family):
     num_tuning_seeds=2,
     progress=messages.append,
   )
-  assert len(messages) == 6
+  assert len(messages) == 2 + 2 + 2
   return result
 
 
 @pytest.mark.parametrize(("name", "reference"), [("Adam", adam_curve), ("SGDM", sgdm_curve)])
-def test_compare_tunes_as_brute_force_does_on_seeds_that_are_not_reported(family, comparison, name, reference):
-  for i, m in enumerate(comparison.baselines[name].measures):
+def test_compare_tunes_as_brute_force_does_on_seeds_that_are_not_reported(family, compared, name, reference):
+  for i, m in enumerate(compared.baselines[name].measures):
     tuning_runs = [task_and_start(family, 1, evaluation.HELD_OUT, i, 2**30 + j) for j in range(2)]
     reported_runs = [task_and_start(family, 1, evaluation.HELD_OUT, i, j) for j in range(3)]
     assert not set(tuning_runs) & set(reported_runs)
@@ -309,21 +291,42 @@ def test_compare_tunes_as_brute_force_does_on_seeds_that_are_not_reported(family
     assert m.tuning.best == rates[np.argmin(expected)]
     assert m.tuning.interior == (0 < np.argmin(expected) < len(rates) - 1)
     curves = [capped(reference(*run, m.tuning.best, T)) for run in reported_runs]
-    np.testing.assert_allclose(comparison.baselines[name].curves[i], curves, rtol=1e-2, atol=1e-5)
+    np.testing.assert_allclose(compared.baselines[name].curves[i], curves, rtol=1e-2, atol=1e-5)
 
 
-def test_compare_trains_all_optimizers_from_the_same_starts(family, comparison):
-  starts = [e.curves[:, :, 0] for e in (comparison.learned | comparison.baselines).values()]
+def test_compare_trains_all_optimizers_from_the_same_starts(family, compared):
+  starts = [e.curves[:, :, 0] for e in (compared.learned | compared.baselines).values()]
   for start in starts[1:]:
     np.testing.assert_allclose(start, starts[0], rtol=1e-6)
   for name, rate in (("fast", 0.2), ("slow", 1e-4)):
     for i, j in np.ndindex(4, 3):
       expected = sgd_curve(*task_and_start(family, 1, evaluation.HELD_OUT, i, j), rate, T)[:T]
-      np.testing.assert_allclose(comparison.learned[name].curves[i, j], expected, rtol=1e-3, atol=1e-7)
+      np.testing.assert_allclose(compared.learned[name].curves[i, j], expected, rtol=1e-3, atol=1e-7)
 
 
-def test_measures_equal_naive_sums_over_the_curves(family, comparison):
-  for name, e in (comparison.learned | comparison.baselines).items():
+def adam_ladder(family):
+  """Adam's curves [tasks, seeds, rates, 4 T] on the reported runs, by the recursion."""
+  curves = np.zeros((4, 3, 14, 4 * T))
+  for i, j, k in np.ndindex(4, 3, 14):
+    start = task_and_start(family, 1, evaluation.HELD_OUT, i, j)
+    curves[i, j, k] = capped(adam_curve(*start, baselines.LEARNING_RATES[k], 4 * T))
+  return curves
+
+
+def test_the_envelope_is_the_best_of_all_learning_rates_for_four_horizons(family, compared):
+  curves = adam_ladder(family).mean(axis=1)
+  assert compared.envelope.steps.tolist() == list(range(2, 4 * T + 1))  # a window of 2, 5% of 40 steps
+  for i in range(4):
+    assert compared.baselines["Adam"].measures[i].tuning.best in baselines.LEARNING_RATES  # or else one more curve
+    smoothed = (curves[i, :, 1:] + curves[i, :, :-1]) / 2
+    lowest = [smoothed[:, : t + 1].min() for t in range(4 * T - 1)]
+    np.testing.assert_allclose(compared.envelope.losses[i], lowest, rtol=2e-2, atol=1e-5)
+
+
+def test_measures_equal_naive_sums_over_the_curves(family, compared):
+  everyone = compared.evaluations
+  assert list(everyone) == ["fast", "slow", "Adam", "Adam at 1e-3", "SGDM"]
+  for name, e in everyone.items():
     for i, m in enumerate(e.measures):
       runs = e.curves[i]
       means = [sum(run) / T for run in runs]
@@ -332,58 +335,196 @@ def test_measures_equal_naive_sums_over_the_curves(family, comparison):
       assert m.mean_loss_error == pytest.approx(np.std(means, ddof=1) / math.sqrt(3))
       assert m.final_loss == pytest.approx(np.mean(finals))
       assert m.final_loss_error == pytest.approx(np.std(finals, ddof=1) / math.sqrt(3))
-      target = comparison.baselines["Adam"].measures[i].final_loss
-      curve, adam = runs.mean(axis=0), comparison.baselines["Adam"].curves[i].mean(axis=0)
-      reached, reached_by_adam = (
-        [t for t in range(2, T + 1) if (c[t - 2] + c[t - 1]) / 2 <= target] for c in (curve, adam)
-      )
-      assert m.steps_to_target == (reached[0] if reached else None)
-      assert m.speed_up == (reached_by_adam[0] / reached[0] if reached else None)
+      assert m.relative_loss == pytest.approx(m.final_loss / compared.baselines["Adam"].measures[i].final_loss)
+      assert m.rank == 1 + sum(other.measures[i].final_loss < m.final_loss for other in everyone.values())
+      steps, lowest = compared.envelope.steps, compared.envelope.losses[i]
+      enough = [t for t, loss in zip(steps, lowest, strict=True) if loss <= np.mean(finals) * (1 + 1e-6)]
+      assert m.speed_up == (enough[0] if enough else 4 * T) / T
+      assert m.speed_up_is_bound == (not enough)
       assert m.diverged == 0
-      if name in comparison.learned:
+      if name in compared.learned:
         assert m.tuning is None
         starts = [task_and_start(family, 1, evaluation.HELD_OUT, i, j) for j in range(3)]
         rate = {"fast": 0.2, "slow": 1e-4}[name]
         test = [sgd_curve(*start, rate, T)[T] + 2 for start in starts]
+        distances = [math.sqrt(2 * (loss - 2) / start[0]) for loss, start in zip(test, starts, strict=True)]
         assert m.test_loss == pytest.approx(np.mean(test), rel=1e-3)
         assert m.test_loss_error == pytest.approx(np.std(test, ddof=1) / math.sqrt(3), rel=1e-2, abs=1e-6)
-  assert all(m.speed_up == 1 for m in comparison.baselines["Adam"].measures)
-  assert all(m.steps_to_target is None for m in comparison.learned["slow"].measures)
+        assert m.test_metrics == {"distance": pytest.approx(np.mean(distances), rel=1e-3, abs=1e-6)}
+  assert all(0 < m.speed_up <= 1 for m in everyone["Adam"].measures)
+  assert all(m.speed_up < 0.5 for m in everyone["slow"].measures)
 
 
-def test_tasks_are_described_by_their_small_parameters(family, comparison):
+def test_adam_as_it_is_has_the_learning_rate_1e_3(family, compared):
+  for i, j in np.ndindex(4, 3):
+    start = task_and_start(family, 1, evaluation.HELD_OUT, i, j)
+    expected = adam_curve(*start, 1e-3, T + 1)
+    np.testing.assert_allclose(compared.baselines["Adam at 1e-3"].curves[i, j], expected[:T], rtol=1e-4)
+  tests = [m.test_loss for m in compared.baselines["Adam at 1e-3"].measures]
+  starts = [[task_and_start(family, 1, evaluation.HELD_OUT, i, j) for j in range(3)] for i in range(4)]
+  expected = [np.mean([adam_curve(*start, 1e-3, T + 1)[T] + 2 for start in task]) for task in starts]
+  np.testing.assert_allclose(tests, expected, rtol=1e-4)  # after T steps, though training goes on
+
+
+def test_resamples_repeat_the_measures_on_other_seeds(family, compared):
+  """Every resample is one of the 27 ways to draw 3 seeds of 3; the same for the optimizer and for Adam."""
+  smoothed = measures.smooth(adam_ladder(family), 2)
+  for name, i in [*((name, i) for name in ("slow", "fast") for i in range(4))]:
+    finals = compared.learned[name].curves[i][:, -2:].mean(axis=1)
+    adam = compared.baselines["Adam"].curves[i][:, -2:].mean(axis=1)
+    possible = []
+    for draw in map(list, np.ndindex(3, 3, 3)):
+      lowest = np.minimum.accumulate(smoothed[i, draw].mean(axis=0).min(axis=0))
+      enough = np.flatnonzero(lowest <= finals[draw].mean())
+      possible.append(((enough[0] + 2 if enough.size else 4 * T) / T, finals[draw].mean() / adam[draw].mean()))
+    resamples = compared.learned[name].resamples
+    seen = set(zip(resamples.speed_up[:, i].round(3), resamples.relative_loss[:, i].round(3), strict=True))
+    assert 1 < len(seen) <= 27 or (name == "fast" and 1 <= len(seen) <= 27)
+    for speed_up, relative in seen:
+      distance = [abs(speed_up - a) / a + abs(relative - b) / max(b, 0.01) for a, b in possible]
+      assert min(distance) < 0.1  # float32 against float64, after hundreds of steps
+
+
+def test_tasks_are_described_by_their_small_parameters(family, compared):
   curvatures = [task_and_start(family, 1, evaluation.HELD_OUT, i, 0)[0] for i in range(4)]
-  assert comparison.tasks == tuple(f"curvature {curvature:.3g}" for curvature in curvatures)
+  assert compared.tasks == tuple(f"curvature {curvature:.3g}" for curvature in curvatures)
 
 
-def test_summary_over_tasks(comparison):
-  for name, e in (comparison.learned | comparison.baselines).items():
-    summary = evaluation.summarize(comparison, name)
+def test_summary_over_tasks(compared):
+  for name, e in compared.evaluations.items():
+    summary = comparison.summarize([compared], name)
     assert summary.mean_loss == pytest.approx(e.curves.mean())
     # Seeds are independent from task to task.
     task_errors = e.curves.mean(axis=2).std(axis=1, ddof=1) / math.sqrt(3)
     assert summary.mean_loss_error == pytest.approx(math.sqrt((task_errors**2).sum()) / 4)
-    for other, o in comparison.baselines.items():
+    for other, o in compared.baselines.items():
       if other != name:
         wins = e.curves.mean(axis=(1, 2)) < o.curves.mean(axis=(1, 2))
         assert summary.tasks_won[other] == wins.sum()
-  slow, adam = (evaluation.summarize(comparison, name) for name in ("slow", "Adam"))
-  assert (slow.tasks_reached, slow.median_speed_up, slow.tasks_interior) == (0, None, None)
-  assert slow.tasks_won == {"Adam": 0, "SGDM": 0}
-  interior = [m.tuning.interior for m in comparison.baselines["Adam"].measures]
-  assert (adam.tasks_reached, adam.tasks_interior) == (4, sum(interior))
+    # Of four values the interquartile mean is that of the two in the middle.
+    middle = sorted(m.speed_up for m in e.measures)[1:3]
+    assert summary.speed_up.value == pytest.approx(np.mean(middle))
+    assert summary.speed_up.low <= summary.speed_up.high
+    resampled = np.sort(e.resamples.speed_up, axis=1)[:, 1:3].mean(axis=1)
+    assert summary.speed_up.low == pytest.approx(np.percentile(resampled, 2.5))
+    assert summary.speed_up.high == pytest.approx(np.percentile(resampled, 97.5))
+    assert summary.rank == pytest.approx(np.mean([m.rank for m in e.measures]))
+    assert (summary.relative_time, summary.wall_clock_speed_up, summary.test_accuracy) == (None, None, None)
+  slow, adam, untuned = (comparison.summarize([compared], name) for name in ("slow", "Adam", "Adam at 1e-3"))
+  assert slow.tasks_interior is untuned.tasks_interior is None
+  assert slow.tasks_won["Adam"] == slow.tasks_won["SGDM"] == 0
+  assert adam.relative_loss == measures.Interval(1, 1, 1)
+  assert adam.tasks_interior == sum(m.tuning.interior for m in compared.baselines["Adam"].measures)
 
 
-@pytest.mark.parametrize(
-  ("speed_ups", "expected"),
-  [([4.0, 2.0, 1.0], 2.0), ([4.0, 2.0, None], 2.0), ([4.0, None, None], None), ([4.0, 2.0, 1.0, None], 1 / 0.75)],
-)
-def test_median_speed_up_counts_a_never_as_the_slowest(comparison, speed_ups, expected):
-  template = comparison.learned["fast"].measures[0]
-  measures = tuple(template._replace(speed_up=s) for s in speed_ups)
-  fast = comparison.learned["fast"]._replace(measures=measures)
-  summary = evaluation.summarize(comparison._replace(learned={"fast": fast}, baselines={}), "fast")
-  assert summary.median_speed_up == expected
+def test_summary_of_several_comparisons_is_over_all_their_tasks(compared):
+  timed = compared._replace(seconds_per_step=dict.fromkeys(compared.evaluations, 1e-3) | {"fast": 2e-3})
+  half = timed._replace(seconds_per_step=dict.fromkeys(compared.evaluations, 1e-3) | {"fast": 5e-4})
+  one, two = comparison.summarize([timed], "fast"), comparison.summarize([timed, half], "fast")
+  assert (one.num_tasks, two.num_tasks) == (4, 8)
+  assert two.mean_loss == pytest.approx(one.mean_loss)
+  assert two.speed_up.value == pytest.approx(one.speed_up.value)
+  assert two.tasks_won["Adam"] == 2 * one.tasks_won["Adam"]
+  assert (one.relative_time, two.relative_time) == (2, 1.25)
+  assert one.wall_clock_speed_up == pytest.approx(one.speed_up.value / 2)
+  speed_ups = [m.speed_up for m in compared.learned["fast"].measures]
+  both = sorted([s / 2 for s in speed_ups] + [s / 0.5 for s in speed_ups])
+  assert two.wall_clock_speed_up == pytest.approx(np.mean(both[2:6]))
+
+
+@pytest.fixture
+def trained(monkeypatch):
+  """Runs are made up, so that there is nothing to compile; what was trained, by the name of its meta-parameter."""
+  names = []
+
+  def build_train(family, optimizer, *, num_steps, extra_steps=0, **options):
+    def train(thetas, tasks, seeds):
+      (name, theta), *_ = thetas.items()
+      names.append(name)
+      theta = np.asarray(theta).reshape(-1, np.shape(theta)[-1])[:, None] + np.asarray(seeds)[:, None] % 5 / 7
+      theta = np.broadcast_to(theta, (len(tasks.keys), *theta.shape[1:]))
+      losses = 2 + np.cos(theta)[..., None] + np.exp(-np.arange(1, num_steps + extra_steps + 1))
+      return evaluation.Runs(losses, np.sin(theta), {"accuracy": np.abs(np.sin(theta))}, theta > 0)
+
+    return train
+
+  monkeypatch.setattr(evaluation, "build_train", build_train)
+  return names
+
+
+def test_a_second_comparison_trains_no_baseline_again(family, trained, tmp_path):
+  mine = LearnedOptimizer(lambda key: {"own": jnp.zeros(())}, lambda theta, num_steps: optax.sgd(theta["own"]))
+  sizes = {"num_tasks": 2, "num_seeds": 2, "num_steps": 6, "seed": 1, "num_tuning_seeds": 1}
+
+  def compare(family=family, own=0.1, names=("SGDM",), **changes):
+    trained.clear()
+    pair: Any = (mine, {"own": jnp.float32(own)})
+    options: dict[str, Any] = {**sizes, **changes}
+    return evaluation.compare(family, {"mine": pair}, baseline_names=names, cache_folder=tmp_path, **options)
+
+  first = compare()
+  assert len(trained) > 1
+  assert len(list(tmp_path.iterdir())) == 2
+  second = compare(own=0.2)
+  assert trained == ["own"]
+  for name, e in first.baselines.items():
+    assert [m._replace(rank=0) for m in e.measures] == [m._replace(rank=0) for m in second.baselines[name].measures]
+    np.testing.assert_array_equal(e.curves, second.baselines[name].curves)
+    np.testing.assert_array_equal(e.resamples.speed_up, second.baselines[name].resamples.speed_up)
+  np.testing.assert_array_equal(first.envelope.losses, second.envelope.losses)
+  assert not np.array_equal(first.learned["mine"].curves, second.learned["mine"].curves)
+  compare(names=("SGDM", "Lion"))
+  assert len(list(tmp_path.iterdir())) == 3  # Lion's alone
+  changes: list[dict] = [{"num_steps": 7}, {"seed": 2}, {"num_seeds": 3}, {"family": quadratic_family(noise=0.5)}]
+  for number, changed in enumerate(changes, start=1):
+    compare(names=(), **changed)
+    assert len(list(tmp_path.iterdir())) == 3 + number
+  assert compare().baselines["Adam"].measures[0].test_metrics == first.baselines["Adam"].measures[0].test_metrics
+
+
+def test_fingerprints_tell_families_and_their_data_apart():
+  def with_data(values):
+    data = jnp.asarray(values)
+    family = quadratic_family()
+    return family._replace(batch=lambda key, task_params, split: {"z": data[0], "offset": data[1]})
+
+  families = [quadratic_family(), quadratic_family(noise=0.1), with_data([0.0, 1.0]), with_data([0.0, 2.0])]
+  families.append(quadratic_family()._replace(loss_cap=7.0))
+  assert len({evaluation._fingerprint(family) for family in families}) == 5
+  assert evaluation._fingerprint(quadratic_family()) == evaluation._fingerprint(quadratic_family())
+  assert evaluation._fingerprint(with_data([0.0, 1.0])) == evaluation._fingerprint(with_data([0.0, 1.0]))
+
+
+def test_schedule_free_is_evaluated_at_its_average(family):
+  tasks = evaluation.sample_tasks(family, 3, evaluation.HELD_OUT, 1)
+  optimizer = baselines.schedule_free_adamw()
+  runs = evaluation.build_train(family, optimizer, num_steps=T)(
+    baselines.theta_at(np.array([0.3])), tasks, jnp.arange(1)
+  )
+  curvature, x0 = task_and_start(family, 3, evaluation.HELD_OUT, 0, 0)
+  x = y = z = x0
+  v = 0.0
+  for t in range(1, T + 1):
+    g = SCALE * curvature * y
+    v = 0.999 * v + 0.001 * g**2
+    z = z - 0.3 * g / (math.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    x = (1 - 1 / t) * x + z / t
+    y = 0.1 * z + 0.9 * x
+  np.testing.assert_allclose(runs.held_out_loss, [[[curvature * x**2 / 2 + 1]]], rtol=1e-4)
+  assert abs(x**2 - y**2) * curvature / 2 > 1e-4
+
+
+def test_seconds_per_step_tell_a_slow_step_from_a_fast_one(family):
+  def slow_loss(params, key, batch, task_params):
+    waste = jax.lax.fori_loop(0, 2000, lambda _, x: jnp.sin(x), jax.lax.stop_gradient(params["x"]))
+    return family.loss(params, key, batch, task_params)[0] + 1e-9 * waste, {}
+
+  def time(family):
+    return evaluation.seconds_per_step(family, sgd(), baselines.theta_at(0.1), num_steps=T, at_least=0.02, repeats=3)
+
+  fast, slow = time(family), time(family._replace(loss=slow_loss))
+  assert 0 < fast < 1e-3
+  assert slow > 2 * fast
 
 
 def test_metrics_of_the_periodic_evaluation_equal_the_closed_form_and_compile_once():
@@ -432,10 +573,15 @@ def test_name_of_a_baseline_and_theta_of_another_architecture_are_refused():
   other = LearnedOptimizer(lambda key: {"w": jnp.zeros(3)}, sgd().transform)
   with pytest.raises(ValueError, match=r"'mine'.*not of this architecture"):
     evaluation.compare(quadratic_family(), {"mine": (other, {"w": jnp.zeros(2)})}, **SIZES)
+  with pytest.raises(ValueError, match="baseline_names='Adamm'"):
+    evaluation.compare(quadratic_family(), {}, **SIZES, baseline_names=("Adamm",))
 
 
-def test_one_seed_has_no_standard_error():
-  single = [x[:, :1] for x in (np.ones((1, 2, 1, T)), np.ones((1, 2, 1)), np.zeros((1, 2, 1)))]
-  (measures,) = evaluation._evaluation(evaluation.Runs(*map(jnp.asarray, single)), [None], [0.0], [T]).measures
-  assert (measures.mean_loss, measures.final_loss, measures.test_loss) == (1.0, 1.0, 1.0)
-  assert math.isnan(measures.mean_loss_error + measures.final_loss_error + measures.test_loss_error)
+def test_one_seed_has_no_standard_error_and_no_interval(family, trained):
+  sizes: dict[str, Any] = {**SIZES, "num_tasks": 2, "num_steps": 3}
+  one = evaluation.compare(family, {}, **sizes, baseline_names=())
+  summary = comparison.summarize([one], "Adam")
+  m = one.baselines["Adam"].measures[0]
+  assert math.isnan(m.mean_loss_error + m.final_loss_error + m.test_loss_error)
+  assert math.isfinite(summary.speed_up.value)
+  assert math.isnan(summary.speed_up.low + summary.speed_up.high)

@@ -83,12 +83,74 @@ def test_a_killed_run_continues_bit_for_bit(finished, environment, meta_train, t
 def test_a_trained_optimizer_is_evaluated_again(finished, environment, tmp_path):
   """With the same settings the numbers are those of the run; with others, other runs."""
   workdir, _ = finished
-  result = run(evaluate(f"--optimizer={workdir}", f"--output={tmp_path}/again"), environment, tmp_path)
+  result = run(
+    evaluate(f"--optimizer={workdir}", f"--output={tmp_path}/again", "--baselines=sgdm"), environment, tmp_path
+  )
   assert result.returncode == 0, result.stderr
   before = json.loads((workdir / "comparison.json").read_text())["optimizers"]
-  after = json.loads((tmp_path / "again" / "comparison.json").read_text())["optimizers"]
-  assert after[workdir.name] == before["learned"]
-  assert after["Adam"] == before["Adam"]
+  suites = json.loads((tmp_path / "again" / "report.json").read_text())["suites"]
+  after = suites["held-out tasks"]["families"]["quadratic"]["optimizers"]
+  assert after[workdir.name]["measures"] == before["learned"]["measures"]
+  assert after["Adam"]["measures"] == before["Adam"]["measures"]
+  assert after["Adam"]["seconds_per_step"] > 0
+  longer = suites["longer runs"]["families"]["quadratic, 5 times as long"]
+  assert longer["num_steps"] == 50
+  assert f"The page is {tmp_path}/again/report.html" in result.stdout
+  page = (tmp_path / "again" / "report.html").read_text("utf-8")
+  assert "50 (2.5×)" in page  # beyond the horizon of 20
+  assert sum("speed_up" in line for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_second_evaluation_trains_no_baseline_again(finished, environment, tmp_path):
+  """But one that was not there before; on a suite of one's own choosing, all on one page."""
+  workdir, _ = finished
+  flags = [
+    f"--optimizer={workdir}",
+    f"--config={ROOT}/experiments/configs/quadratics.py",
+    "--notiming",
+    "--num_tasks=1",
+  ]
+  flags += ["--num_seeds=1", "--num_steps=5"]
+  stages = []
+  for baselines in ("lion", "lion", "lion,adam_cosine"):
+    result = run(evaluate(*flags, f"--baselines={baselines}", "--output=out"), environment, tmp_path)
+    assert result.returncode == 0, result.stderr
+    stages.append(re.findall(r"quadratic: ([^:]+): choosing", result.stdout))
+  assert stages == [["Adam", "Lion"], [], ["Adam + cosine"]]
+  assert len(list((tmp_path / "runs" / "baselines").iterdir())) == 3
+  assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+    "metrics.jsonl",
+    "report.html",
+    "report.json",
+    "summary.png",
+  ]
+
+
+def test_suites_and_baselines_that_are_not_there_are_refused(finished, environment, tmp_path):
+  workdir, _ = finished
+  flags = [f"--optimizer={workdir}", "--suite=loss,size", "--notiming", "--baselines=adam", "--cache="]
+  result = run(evaluate(*flags, "--suite=nonsense"), environment, tmp_path)
+  assert fails_with(result, "--suite: no 'nonsense'; there are: architecture, data, .*, all")
+  result = run(evaluate(*flags, "--suite=size", "--baselines=adamm"), environment, tmp_path)
+  assert fails_with(result, "--baselines: no 'adamm'; there are: adam, sgdm, .*, all")
+  config = f"--config={ROOT}/experiments/configs/quadratics.py"
+  result = run(evaluate(*flags, config), environment, tmp_path)
+  assert fails_with(result, "--suite: brings its own tasks; leave --config out")
+
+
+@pytest.mark.slow
+def test_suites_are_on_one_page(finished, environment, tmp_path):
+  workdir, _ = finished
+  flags = [f"--optimizer={workdir}", "--suite=horizon,reparametrized", "--notiming", "--baselines=adam", "--cache="]
+  flags += ["--num_tasks=1", "--num_seeds=1", "--num_steps=2", "--output=out"]
+  result = run(evaluate(*flags), environment, tmp_path)
+  assert result.returncode == 0, result.stderr
+  content = json.loads((tmp_path / "out" / "report.json").read_text())
+  assert {name: sorted(x["families"]) for name, x in content["suites"].items()} == {
+    "horizon": ["25_times", "5_times"],
+    "reparametrized": ["cnn", "mlp"],
+  }
+  assert not (tmp_path / "runs").exists()
 
 
 def fails_with(result, line):

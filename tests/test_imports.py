@@ -13,11 +13,12 @@ ROOT = Path(__file__).parent.parent
 # architecture or estimator needs no line here; a new module at the top of lopt does.
 LAYERS = (
   ("base", "checks", "files", "version"),
-  ("configuration", "meta_parameters", "checkpoints", "tracking", "architectures", "tasks", "outer"),
-  ("inner_training", "baselines", "trained"),
+  ("configuration", "meta_parameters", "checkpoints", "tracking", "measures", "architectures", "tasks", "outer"),
+  ("inner_training", "baselines", "trained", "cache", "comparison"),
   ("outer.meta_training",),
   ("evaluation",),
   ("report",),
+  ("report_page",),
   ("",),  # lopt/__init__.py
 )
 DEVICES = {"pmap", "devices", "local_devices", "device_count", "local_device_count"}

@@ -10,13 +10,13 @@ from matplotlib import image
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from lopt import evaluation, report
-from lopt.evaluation import Comparison, Evaluation, Measures, Tuning
+from lopt import report
+from lopt.comparison import Comparison, Envelope, Evaluation, Measures, Resamples, Tuning, summarize
 
 T, SEEDS = 100, 3
 
 
-def make_measures(mean_loss, steps, tuning=None):
+def make_measures(mean_loss, speed_up, tuning=None, bound=False):
   return Measures(
     mean_loss=mean_loss,
     mean_loss_error=mean_loss / 100,
@@ -24,9 +24,12 @@ def make_measures(mean_loss, steps, tuning=None):
     final_loss_error=mean_loss / 200,
     test_loss=mean_loss / 3,
     test_loss_error=math.nan,
+    test_metrics={"accuracy": 1 - mean_loss},
     diverged=1 / 3 if mean_loss > 0.7 else 0.0,
-    steps_to_target=steps,
-    speed_up=T / steps if steps else None,
+    speed_up=speed_up,
+    speed_up_is_bound=bound,
+    relative_loss=mean_loss / 0.25,
+    rank=2.0,
     tuning=tuning,
   )
 
@@ -42,19 +45,33 @@ def make_curves(last):
   return np.stack([np.stack([spread * curve for spread in (0.7, 1.0, 1.4)])] * 2)
 
 
+def make_evaluation(measures, curves):
+  """Bootstrapped values are those measured, 10% below and 10% above."""
+  speed_ups, losses = ([[m.speed_up for m in measures]], [[m.relative_loss for m in measures]])
+  spread = np.array([[0.9], [1.0], [1.1]])
+  return Evaluation(tuple(measures), curves, Resamples(spread * np.array(speed_ups), spread * np.array(losses)))
+
+
 @pytest.fixture
 def comparison():
-  learned = (make_measures(0.1234, 40), make_measures(0.5, None))
-  adam = (make_measures(0.25, 80, make_tuning(1e-2)), make_measures(0.4, 100, make_tuning(1e-1)))
-  sgdm = (make_measures(0.75, None, make_tuning(1e-2)), make_measures(0.6, None, make_tuning(1e-2)))
+  learned = (make_measures(0.1234, 4.0, bound=True), make_measures(0.5, 0.5))
+  adam = (make_measures(0.25, 1.0, make_tuning(1e-2)), make_measures(0.4, 0.9, make_tuning(1e-1)))
+  untuned = (make_measures(0.3, 0.6), make_measures(0.6, 0.3))
+  sgdm = (make_measures(0.75, 0.1, make_tuning(1e-2)), make_measures(0.6, 0.2, make_tuning(1e-2)))
   return Comparison(
     tasks=("width 3", "a|b"),
     num_steps=T,
     num_seeds=SEEDS,
     num_tuning_seeds=2,
     seed=5,
-    learned={"mine": Evaluation(learned, make_curves(0.01))},
-    baselines={"Adam": Evaluation(adam, make_curves(0.03)), "SGDM": Evaluation(sgdm, make_curves(0.1))},
+    learned={"mine": make_evaluation(learned, make_curves(0.01))},
+    baselines={
+      "Adam": make_evaluation(adam, make_curves(0.03)),
+      "Adam at 1e-3": make_evaluation(untuned, make_curves(0.3)),
+      "SGDM": make_evaluation(sgdm, make_curves(0.1)),
+    },
+    envelope=Envelope(np.array([5, 100, 400]), np.ones((2, 3))),
+    seconds_per_step={},
   )
 
 
@@ -79,38 +96,48 @@ def test_table_of_tasks(comparison):
     "task": "1: width 3",
     "mine": "0.123",
     "Adam (learning rate)": "0.25 (0.01)",
+    "Adam at 1e-3": "0.3",
     "SGDM (learning rate)": "0.75 (0.01)",
-    "steps to Adam's final loss": "40",
-    "speed-up": "2.50×",
+    "speed-up": "≥ 4.00×",
   }
   assert second == {
     "task": "2: a\\|b",
     "mine": "0.5",
     "Adam (learning rate)": "0.4 (0.1*)",
+    "Adam at 1e-3": "0.6",
     "SGDM (learning rate)": "0.6 (0.01)",
-    "steps to Adam's final loss": "never",
-    "speed-up": "–",
+    "speed-up": "0.50×",
   }
 
 
 def test_table_of_means(comparison):
-  mine, adam, sgdm = read_tables(report.table(comparison))[1]
+  mine, adam, untuned, sgdm = read_tables(report.table(comparison))[1]
   assert mine == {
     "optimizer": "mine",
+    "speed-up": "2.25 (2.04 to 2.46), 1 of 2 ≥",  # of 4 and 0.5; 95% of what lies between 0.9 and 1.1 times that
+    "final loss ÷ Adam's": "1.25 (1.13 to 1.37)",
     "training loss": "0.312 ± 0.003",  # of 0.1234 and 0.5; the error is √(0.001234² + 0.005²) / 2
     "final training loss": "0.156",
     "test loss": "0.104",
+    "test accuracy": "68.8%",
+    "rank": "2.0",
     "diverged": "0%",
     "better than Adam": "1/2",
-    "better than SGDM": "2/2",
-    "reaches Adam's final loss": "1/2",
-    "median speed-up": "–",
+    "better than Adam at 1e-3": "2/2",
     "learning rate interior": "–",
   }
-  assert (adam["better than Adam"], adam["better than SGDM"]) == ("–", "2/2")
-  assert (adam["reaches Adam's final loss"], adam["median speed-up"]) == ("2/2", "1.11×")  # 100 / median(80, 100)
-  assert (adam["learning rate interior"], sgdm["learning rate interior"]) == ("1/2", "2/2")
+  assert (adam["better than Adam"], adam["better than Adam at 1e-3"]) == ("–", "2/2")
+  assert (adam["speed-up"], sgdm["speed-up"]) == ("0.95 (0.86 to 1.04)", "0.15 (0.136 to 0.164)")
+  assert [row["learning rate interior"] for row in (adam, untuned, sgdm)] == ["1/2", "–", "2/2"]
   assert (sgdm["training loss"], sgdm["diverged"]) == ("0.675 ± 0.005", "16.7%")
+
+
+def test_times_are_shown_where_they_were_measured(comparison):
+  timed = comparison._replace(seconds_per_step={"mine": 3e-4, "Adam": 1e-4, "Adam at 1e-3": 1e-4, "SGDM": 5e-5})
+  mine, adam, _, sgdm = read_tables(report.table(timed))[1]
+  assert [row["time per step ÷ Adam's"] for row in (mine, adam, sgdm)] == ["3.00×", "1.00×", "0.50×"]
+  assert [row["wall-clock speed-up"] for row in (mine, sgdm)] == ["0.75×", "0.30×"]
+  assert "time per step" not in report.table(comparison)
 
 
 def test_table_states_its_settings_and_is_aligned(comparison):
@@ -132,12 +159,12 @@ def test_best_at_the_end_of_the_grid_is_explained_only_where_it_occurs(compariso
 
 
 def test_several_learned_optimizers_have_columns_of_their_own(comparison):
-  other = Evaluation((make_measures(0.2, 50), make_measures(0.3, 20)), make_curves(0.02))
+  other = make_evaluation((make_measures(0.2, 2.0), make_measures(0.3, 5.0)), make_curves(0.02))
   tasks, means = read_tables(report.table(comparison._replace(learned=comparison.learned | {"other": other})))
   assert tasks[1]["other"] == "0.3"
   assert tasks[1]["other: speed-up"] == "5.00×"
-  assert tasks[1]["mine: steps to Adam's final loss"] == "never"
-  assert [row["optimizer"] for row in means] == ["mine", "other", "Adam", "SGDM"]
+  assert tasks[1]["mine: speed-up"] == "0.50×"
+  assert [row["optimizer"] for row in means] == ["mine", "other", "Adam", "Adam at 1e-3", "SGDM"]
 
 
 def refuse_constant(name):
@@ -151,12 +178,14 @@ def test_json_has_every_number_of_the_comparison(comparison, tmp_path):
   assert content["tasks"] == ["width 3", "a|b"]
   settings = [content[name] for name in ("num_steps", "num_seeds", "num_tuning_seeds", "seed")]
   assert settings == [T, SEEDS, 2, 5]
-  assert list(content["optimizers"]) == ["mine", "Adam", "SGDM"]
-  for name, e in (comparison.learned | comparison.baselines).items():
+  assert list(content["optimizers"]) == ["mine", "Adam", "Adam at 1e-3", "SGDM"]
+  for name, e in comparison.evaluations.items():
     written = content["optimizers"][name]
     assert written["learned"] == (name == "mine")
-    summary = evaluation.summarize(comparison, name)._asdict()
-    assert {key: pytest.approx(value) for key, value in summary.items()} == written["summary"]
+    summary = summarize([comparison], name)
+    assert written["summary"]["mean_loss"] == pytest.approx(summary.mean_loss)
+    assert written["summary"]["tasks_won"] == summary.tasks_won
+    assert list(written["summary"]["speed_up"].values()) == pytest.approx(list(summary.speed_up))
     for i, m in enumerate(e.measures):
       expected = m._asdict() | {"test_loss_error": None}  # NaN
       if m.tuning:
@@ -204,7 +233,7 @@ def test_plot_has_a_panel_for_each_of_the_first_six_of_several_tasks(comparison,
   def repeat(e):
     # Each task is flat at its own height.
     curves = np.ones((num_tasks, SEEDS, T)) * np.arange(1.0, num_tasks + 1)[:, None, None]
-    return Evaluation((e.measures * num_tasks)[:num_tasks], curves)
+    return e._replace(measures=(e.measures * num_tasks)[:num_tasks], curves=curves)
 
   many = comparison._replace(
     tasks=("",) * num_tasks,
@@ -214,7 +243,7 @@ def test_plot_has_a_panel_for_each_of_the_first_six_of_several_tasks(comparison,
   report.plot(many, tmp_path / "curves.png")
   large, *small = figures[0].axes
   assert len(small) == {1: 0, 3: 3, 9: 6}[num_tasks]
-  assert len(large.lines) == 3
+  assert len(large.lines) == 3  # untuned Adam has none
   for line in large.lines:
     np.testing.assert_allclose(line.get_ydata(), (num_tasks + 1) / 2)
   for i, axes in enumerate(small):
