@@ -4,18 +4,23 @@ PYTHON ?= python3
 CONFIG ?= experiments/configs/digits.py
 WORKDIR ?= runs/digits
 SCALE ?= quick
+NAME ?= mlp
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE := --universal --fork-strategy fewest --python-version 3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help meta-train evaluate architectures bench paper test check format requirements clean
+.PHONY: help meta-train reproduce-pretrained evaluate architectures bench paper test check format requirements clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 28
 
 meta-train: .venv/runtime  ## meta-train an optimizer on digits (or CONFIG=..., WORKDIR=...); resumes if interrupted
 	$(BIN)/python experiments/meta_train.py --config=$(CONFIG) --workdir=$(WORKDIR)
+
+reproduce-pretrained: .venv/runtime  ## train again what comes with lopt: NAME=mlp, adafactor_mlp or lstm
+	$(BIN)/python experiments/meta_train.py --config=experiments/configs/pretrained.py:architecture=$(NAME) \
+	  --workdir=runs/pretrained/$(NAME)
 
 evaluate: .venv/runtime  ## compare the optimizer trained in WORKDIR with tuned baselines on held-out tasks
 	$(BIN)/python experiments/evaluate.py --optimizer=$(WORKDIR)

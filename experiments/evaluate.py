@@ -22,7 +22,7 @@ import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax.numpy as jnp
 from absl import app, flags, logging
@@ -31,11 +31,17 @@ from lopt import base, baselines, comparison, configuration, evaluation, report,
 from lopt.outer import parallel
 
 OPTIMIZER = flags.DEFINE_list(
-  "optimizer", None, "Trained optimizers: files or work directories, by commas.", required=True
+  "optimizer", None, "Trained optimizers: names, files or work directories, by commas.", required=True
 )
 CONFIG = configuration.define_flag("config", None, "Take the tasks from this configuration instead.")
 SUITE = flags.DEFINE_list("suite", None, "Compare on these held-out suites instead, or on all.")
 BASELINES = flags.DEFINE_list("baselines", ["sgdm", "adam_cosine"], "Functions of lopt/baselines.py, or all.")
+TUNED_FOR = flags.DEFINE_enum(
+  "tuned_for",
+  "final_loss",
+  get_args(comparison.TunedFor),
+  "Whose lowest value chooses the baselines' learning rates.",
+)
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the results.")
 CACHE = flags.DEFINE_string("cache", "runs/baselines", "Folder of what baselines did; empty for none.")
 TIMING = flags.DEFINE_boolean("timing", True, "Measure the time of a step; nothing else should run then.")
@@ -61,9 +67,9 @@ def main(argv: list[str]) -> None:
     raise configuration.ConfigError(f"unexpected argument: {argv[1]}")
   logging.set_verbosity(logging.WARNING)
   parallel.setup()
-  paths = [Path(path) for path in OPTIMIZER.value]
+  paths = OPTIMIZER.value
   if not paths:
-    raise configuration.ConfigError("--optimizer: names no file")
+    raise configuration.ConfigError("--optimizer: names none")
   names = [_name(path) for path in paths]
   if len(set(names)) < len(names):
     raise configuration.ConfigError(f"--optimizer: two would have the same name in tables: {', '.join(names)}")
@@ -115,7 +121,7 @@ def held_out_suites(names: list[str]) -> dict[str, dict[str, Member]]:
   }
 
 
-def own_tasks(optimizer: trained.TrainedOptimizer, path: Path) -> dict[str, dict[str, Member]]:
+def own_tasks(optimizer: trained.TrainedOptimizer, path: str) -> dict[str, dict[str, Member]]:
   """The families of `--config`, or of what an optimizer was trained on; and these with longer runs."""
   config = configuration.plain(CONFIG.value) if CONFIG.value else optimizer.config
   if missing := {"task", "evaluation", "seed"} - config.keys():
@@ -145,6 +151,7 @@ def compare(
       print(f"{suite}: {name}: {stage}", flush=True)
 
     options = {"progress": say, "baseline_names": chosen, "cache_folder": CACHE.value or None}
+    options["tuned_for"] = TUNED_FOR.value
     compared[name] = configuration.call(
       evaluation.compare, member.options | settings | options, member.family, optimizers, where="config.evaluation"
     )
@@ -200,13 +207,18 @@ def _processor() -> str:
   return names[0] if names else platform.processor() or "unknown processor"
 
 
-def _folder(path: Path) -> Path:
-  return path.absolute() if path.is_dir() else path.absolute().parent
+def _folder(optimizer: str) -> Path:
+  """Where what belongs to an optimizer is: its work directory."""
+  if optimizer in trained.pretrained():
+    return Path("runs") / optimizer
+  path = Path(optimizer).absolute()
+  return path if path.is_dir() else path.parent
 
 
-def _name(path: Path) -> str:
+def _name(optimizer: str) -> str:
   """What an optimizer is called in tables and legends: its run."""
-  return path.stem if path.is_file() and path.name != trained.FILENAME else _folder(path).name
+  path = Path(optimizer)
+  return path.stem if path.is_file() and path.name != trained.FILENAME else _folder(optimizer).name
 
 
 if __name__ == "__main__":

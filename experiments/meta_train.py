@@ -68,7 +68,7 @@ class Experiment(NamedTuple):
   seed: int
   num_outer_steps: int
   periodic_evaluation: dict[str, int]
-  evaluation: dict[str, int]
+  evaluation: dict[str, Any]
   checkpoint: dict[str, int]
 
 
@@ -90,6 +90,7 @@ def build(
   initial: str | None = None,
   trainable: tuple[str, ...] = (),
   precision: inner_training.Precision = "float32",
+  loss_cap: float | None = None,
 ) -> Experiment:
   """Makes of a configuration all that it names, so that whatever is wrong with it shows before any work starts."""
   checks.counts(num_outer_steps=num_outer_steps, log_every=log_every)
@@ -97,7 +98,10 @@ def build(
     raise ValueError(f"seed: must be in 0..{2**32 - 1}, not {seed}")
   sections = {
     "periodic_evaluation": configuration.call(_periodic, periodic_evaluation, where="config.periodic_evaluation"),
-    "evaluation": configuration.call(_comparison, evaluation, where="config.evaluation"),
+    "evaluation": {
+      **configuration.call(_comparison, evaluation, where="config.evaluation"),
+      "tuned_for": objective,
+    },
     "checkpoint": configuration.call(_checkpoint, checkpoint, where="config.checkpoint"),
   }
   multiples = {
@@ -119,7 +123,9 @@ def build(
   families = configuration.task_families(task, where="config.task")
 
   def gradients_of(family: base.TaskFamily) -> base.GradientEstimator:
-    problem = inner_training.build(family, optimizer, horizon=horizons, meta_loss=meta_loss, precision=precision)
+    problem = inner_training.build(
+      family, optimizer, horizon=horizons, meta_loss=meta_loss, precision=precision, loss_cap=loss_cap
+    )
     problem = final_loss.wrap(problem) if objective == "final_loss" else problem
     return configuration.build("outer", estimator, problem, where="config.estimator")
 

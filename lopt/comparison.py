@@ -4,7 +4,7 @@ How the measures are defined, and where they come from: `lopt.measures`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jax import Array
@@ -20,11 +20,17 @@ UNTUNED = "Adam at 1e-3"
 """The same with the learning rate that one takes who does not tune."""
 
 
+TunedFor = Literal["mean_loss", "final_loss"]
+"""The mean training loss of all steps, or the training loss after the last: of these `Measures` the lowest."""
+
+
 class Runs(NamedTuple):
   """What inner training runs produced: losses in the family's common unit, capped at `family.loss_cap`."""
 
   losses: Float[Array | np.ndarray, "*runs steps"]
   """The training loss at each step: that of the step's minibatch, before the update."""
+  train_losses: Float[Array | np.ndarray, "*runs points"]
+  """The mean over fixed training batches, the same ones for all optimizers, after as many steps as were asked for."""
   held_out_loss: Float[Array | np.ndarray, "*runs"]
   """After step T, the mean over batches of the validation or the test split."""
   held_out_metrics: Mapping[str, Float[Array | np.ndarray, "*runs"]]
@@ -38,8 +44,8 @@ class Tuning(NamedTuple):
 
   learning_rates: tuple[float, ...]
   """Those tried, ascending."""
-  mean_losses: tuple[float, ...]
-  """The mean training loss of each, over steps and tuning seeds."""
+  losses: tuple[float, ...]
+  """`tuned_for` of each, over tuning seeds."""
   best: float
   """The learning rate with the lowest."""
   interior: bool
@@ -55,7 +61,7 @@ class Measures(NamedTuple):
   """Mean training loss over all steps and seeds: the area under the training curve."""
   mean_loss_error: float
   final_loss: float
-  """Mean training loss over the last 5% of the steps and all seeds."""
+  """Training loss after the last step, over fixed batches and seeds."""
   final_loss_error: float
   test_loss: float
   """Mean loss on the test split after the last step, over seeds."""
@@ -94,6 +100,14 @@ class Evaluation(NamedTuple):
   resamples: Resamples
 
 
+class Ladder(NamedTuple):
+  """Adam's training losses at all of its learning rates, beyond the horizon T."""
+
+  steps: Int[np.ndarray, " points"]
+  """The numbers of steps after which they were measured: `measures.points`."""
+  losses: Float[np.ndarray, "tasks seeds rates points"]
+
+
 class Envelope(NamedTuple):
   """What Adam reached at the best of all learning rates, see `measures.envelope`; of the mean over seeds."""
 
@@ -110,6 +124,8 @@ class Comparison(NamedTuple):
   """T."""
   num_seeds: int
   num_tuning_seeds: int
+  tuned_for: TunedFor
+  """What the learning rates of baselines were chosen by."""
   seed: int
   learned: dict[str, Evaluation]
   baselines: dict[str, Evaluation]
@@ -199,15 +215,15 @@ def summarize(comparisons: Sequence[Comparison], name: str) -> Summary:
 def evaluate(
   runs: Mapping[str, Runs],
   tuning: Mapping[str, Sequence[Tuning]],
-  ladder: measures.Ladder,
+  ladder: Ladder,
   envelope: Envelope,
   num_steps: int,
   seed: int,
 ) -> dict[str, Evaluation]:
-  """Measures of runs [tasks, seeds, ...] by optimizer; `tuning` has those that were tuned."""
-  width, (num_tasks, num_seeds) = measures.window(num_steps), runs[REFERENCE].held_out_loss.shape
+  """Measures of runs [tasks, seeds, ...] by optimizer, measured after T steps; `tuning` has those that were tuned."""
+  num_tasks, num_seeds = runs[REFERENCE].held_out_loss.shape
   losses = {name: to_float64(x.losses) for name, x in runs.items()}
-  finals = {name: x[..., -width:].mean(axis=2) for name, x in losses.items()}  # [tasks, seeds]
+  finals = {name: to_float64(x.train_losses)[..., -1] for name, x in runs.items()}  # [tasks, seeds]
   final_loss = {name: x.mean(axis=1) for name, x in finals.items()}
   ranks = dict(zip(runs, measures.ranks(np.stack(list(final_loss.values()))), strict=True))
   resampled = {name: measures.resampled_means(x, seed) for name, x in finals.items()}  # [tasks, resamples]
@@ -253,11 +269,11 @@ def evaluate(
   return {name: of_one(name) for name in runs}
 
 
-def _resampled_envelope(ladder: measures.Ladder, seed: int) -> Float[np.ndarray, "tasks resamples points"]:
+def _resampled_envelope(ladder: Ladder, seed: int) -> Float[np.ndarray, "tasks resamples points"]:
   """Rate by rate, because resamples × rates × points at once would be large."""
   lowest = None
-  for rate in range(ladder.curves.shape[2]):
-    curves = measures.resampled_means(ladder.curves[:, :, rate], seed)
+  for rate in range(ladder.losses.shape[2]):
+    curves = measures.resampled_means(ladder.losses[:, :, rate], seed)
     lowest = curves if lowest is None else np.minimum(lowest, curves)
   assert lowest is not None
   return np.minimum.accumulate(lowest, axis=-1)

@@ -7,6 +7,7 @@ Keys. Everything random in an inner run (the task, the initial parameters, the m
     sample key, task = split(fold_in(root, task index))
     init key, steps, validation key = split(fold_in(task, run seed), 3)
     batch key, loss key = split(fold_in(steps, step))  (in `inner_training.train_step`)
+    keys of the fixed training batches: fold_in(validation key, 0)
 
 Meta-training that splits key(seed), or folds small numbers into it, never meets one of these; and since the two
 purposes have different tasks, what was selected while watching does not flatter the comparison. Reported runs have
@@ -22,7 +23,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lopt import base, baselines, cache, checks, comparison, inner_training, measures
 from lopt.base import LearnedOptimizer, PRNGKey, PyTree, Scalar, TaskFamily, TaskParams, Theta
-from lopt.comparison import REFERENCE, UNTUNED, Comparison, Envelope, Runs, Tuning, to_float64
+from lopt.comparison import REFERENCE, UNTUNED, Comparison, Envelope, Ladder, Runs, TunedFor, Tuning, to_float64
 from lopt.outer import parallel, unrolls
 
 HELD_OUT = "held-out"
@@ -54,6 +55,7 @@ class Tasks(NamedTuple):
   """With a run seed folded in, the key of everything else that is random in a run."""
 
 
+PerTheta = dict[str, Float[Array, " thetas"]]
 Train = Callable[[Theta, Tasks, Int[Array, " seeds"]], Runs]
 
 
@@ -67,6 +69,7 @@ def compare(
   seed: int,
   num_tuning_seeds: int = 3,
   num_held_out_batches: int = 8,
+  tuned_for: TunedFor = "mean_loss",
   baseline_names: Sequence[str] = (REFERENCE, "SGDM"),
   cache_folder: str | Path | None = None,
   progress: Callable[[str], None] | None = None,
@@ -79,13 +82,15 @@ def compare(
     num_tasks, num_seeds, num_steps: Each optimizer is reported on tasks × seeds runs of that many inner steps.
     seed: Determines the tasks and the runs.
     num_tuning_seeds: Runs for each learning rate and task, with other seeds than the reported ones.
-    num_held_out_batches: Over how many batches a validation or test loss is averaged.
+    num_held_out_batches: Over how many batches a final training loss and a test loss are averaged.
+    tuned_for: What learning rates are chosen by: the lowest 'mean_loss' or 'final_loss' on training batches.
     baseline_names: Of `baselines.ALL`; Adam is always there, tuned and as it is.
     cache_folder: Where runs of baselines are kept and found again, by the computation that they are; None: nowhere.
     progress: Is told, before each stage, what is about to run.
 
   Raises:
-    ValueError: For a count below 1, a name of a baseline or none of one, or a θ that is not of its architecture.
+    ValueError: For a count below 1, another `tuned_for`, a name of a baseline or none of one, or a θ that is not of
+      its architecture.
     OSError: The cache cannot be written.
   """
   checks.counts(
@@ -95,6 +100,7 @@ def compare(
     num_tuning_seeds=num_tuning_seeds,
     num_held_out_batches=num_held_out_batches,
   )
+  checks.one_of("tuned_for", tuned_for, get_args(TunedFor))
   for name in baseline_names:
     known = ", ".join(map(repr, baselines.ALL))
     checks.require(name in baselines.ALL, "baseline_names", name, f"among {known}")
@@ -120,46 +126,55 @@ def compare(
     train = build(optimizer, theta_per_task=True)
     tuning_seeds = FIRST_TUNING_SEED + jnp.arange(num_tuning_seeds)
 
-    def mean_losses(learning_rates: Float[np.ndarray, "tasks rates"]) -> Float[np.ndarray, "tasks rates"]:
+    def losses(learning_rates: Float[np.ndarray, "tasks rates"]) -> Float[np.ndarray, "tasks rates"]:
       runs = train(baselines.theta_at(learning_rates), tasks, tuning_seeds)
-      return to_float64(runs.losses).mean(axis=(1, 3))
+      return to_float64(runs.losses if tuned_for == "mean_loss" else runs.train_losses).mean(axis=(1, 3))
 
     say(f"{name}: choosing the learning rate of each of {num_tasks} tasks")
-    tuning = tune(mean_losses, num_tasks)
+    tuning = tune(losses, num_tasks)
     best = np.asarray([[t.best] for t in tuning])
     if name != REFERENCE:
       say(f"{name}: training with the best")
       return _pack({name: _only(train(baselines.theta_at(best), tasks, seeds), 0)}, tuning)
     say(f"{name}: training with all, {REFERENCE_FACTOR} times as long")
     rates = np.concatenate([np.tile(baselines.LEARNING_RATES, (num_tasks, 1)), best], axis=1)
-    train = build(optimizer, theta_per_task=True, extra_steps=(REFERENCE_FACTOR - 1) * num_steps)
+    points = measures.points(num_steps, REFERENCE_FACTOR * num_steps)
+    train = build(optimizer, theta_per_task=True, points=tuple(points.tolist()))
     runs = train(baselines.theta_at(rates), tasks, seeds)
-    ladder = measures.ladder(np.asarray(runs.losses), num_steps)
-    runs = runs._replace(losses=runs.losses[..., :num_steps])
+    ladder = Ladder(points, np.asarray(runs.train_losses))
+    at_horizon = points.tolist().index(num_steps)
+    runs = runs._replace(train_losses=runs.train_losses[..., at_horizon : at_horizon + 1])
     columns = {REFERENCE: -1, UNTUNED: baselines.LEARNING_RATES.index(UNTUNED_RATE)}
     packed = _pack({name: _only(runs, index) for name, index in columns.items()}, tuning)
     return packed | {f"ladder/{name}": x for name, x in ladder._asdict().items()}
 
   learned = {name: train_learned(name, *value) for name, value in optimizers.items()}
   key = {"family": _fingerprint(family) if cache_folder else None, "tasks": num_tasks, "seeds": num_seeds}
-  key |= {"steps": num_steps, "seed": seed, "tuning_seeds": num_tuning_seeds, "batches": num_held_out_batches}
+  key |= {
+    "steps": num_steps,
+    "seed": seed,
+    "tuned_for": tuned_for,
+    "tuning_seeds": num_tuning_seeds,
+    "batches": num_held_out_batches,
+  }
   key |= {"sources": _sources(), "jax": jax.__version__, "optax": optax.__version__, "on": jax.default_backend()}
   packed = {
     name: cache.remember(cache_folder, {**key, "baseline": name}, functools.partial(train_baseline, name))
     for name in baseline_names
   }
-  ladder = measures.Ladder(packed[REFERENCE]["ladder/steps"], packed[REFERENCE]["ladder/curves"])
+  ladder = Ladder(packed[REFERENCE]["ladder/steps"], packed[REFERENCE]["ladder/losses"])
   runs, tuning = dict(learned), {}
   for name, arrays in packed.items():
     some, tuning[name] = _unpack(arrays)
     runs |= some
-  envelope = Envelope(ladder.steps, measures.envelope(ladder.curves.mean(axis=1)))
+  envelope = Envelope(ladder.steps, measures.envelope(ladder.losses.mean(axis=1)))
   evaluations = comparison.evaluate(runs, tuning, ladder, envelope, num_steps, seed)
   return Comparison(
     tasks=tuple(_describe(jax.tree.map(operator.itemgetter(i), tasks.params)) for i in range(num_tasks)),
     num_steps=num_steps,
     num_seeds=num_seeds,
     num_tuning_seeds=num_tuning_seeds,
+    tuned_for=tuned_for,
     seed=seed,
     learned={name: evaluations.pop(name) for name in learned},
     baselines=evaluations,
@@ -267,7 +282,7 @@ def build_metrics(
     losses = to_float64(runs.losses)
     return {
       "mean_loss": float(losses.mean()),
-      "final_loss": float(losses[..., -measures.window(num_steps) :].mean()),
+      "final_loss": float(to_float64(runs.train_losses).mean()),
       "validation_loss": float(to_float64(runs.held_out_loss).mean()),
       "diverged": float(to_float64(runs.diverged).mean()),
     }
@@ -296,21 +311,25 @@ def build_train(
   num_held_out_batches: int = 8,
   split: str = "validation",
   theta_per_task: bool = False,
-  extra_steps: int = 0,
+  points: Sequence[int] = (),
 ) -> Train:
   """One compiled program that trains every task with every seed and every one of several θ, on all local devices.
 
   Args:
     family, optimizer: What is trained by what.
     num_steps: The length T of each run.
-    num_held_out_batches: Over how many batches of `split` the loss after step T is averaged.
+    num_held_out_batches: Over how many batches of `split` the loss after step T is averaged, and over how many
+      training batches those at `points`.
     split: 'validation', or 'test', which nothing is meta-trained or chosen on.
     theta_per_task: Whether the tasks have θ of their own: leaves [tasks, thetas, ...] instead of [thetas, ...].
-    extra_steps: How long training goes on after step T, for the sake of the training losses.
+    points: After how many steps the training loss is measured on fixed batches, ascending; training goes on until
+      the last of them. By default after step T.
 
   Returns:
-    `(thetas, tasks, seeds) -> Runs`, its arrays [tasks, seeds, thetas, ...], its losses of T + extra_steps steps.
+    `(thetas, tasks, seeds) -> Runs`, its arrays [tasks, seeds, thetas, ...].
   """
+  points = tuple(points) or (num_steps,)
+  measured = np.isin(np.arange(max(num_steps, points[-1]) + 1), points)
 
   def cap(loss: Scalar, task_params: TaskParams) -> tuple[Scalar, Bool[Array, ""]]:
     return unrolls.bounded(family.normalize(loss, task_params), family.loss_cap)
@@ -319,44 +338,54 @@ def build_train(
     task_params = task.params
     init_key, steps_key, validation_key = jax.random.split(jax.random.fold_in(task.keys, seed), 3)
 
-    def step(carry: PyTree, t: Int[Array, ""]) -> tuple[PyTree, Float[Array, " thetas"]]:
+    # The keys are not mapped over θ: batches are made once for all of them.
+    def mean_loss(params: PyTree, key: PRNGKey, split: str) -> tuple[PerTheta, Bool[Array, " thetas"]]:
+      def on_batch(key: PRNGKey) -> tuple[PerTheta, Bool[Array, " thetas"]]:
+        batch_key, loss_key = jax.random.split(key)
+        batch = family.batch(batch_key, task_params, split)
+
+        def loss_and_metrics(params: PyTree) -> tuple[base.Metrics, Bool[Array, ""]]:
+          loss, metrics = family.loss(params, loss_key, batch, task_params)
+          loss, bad = cap(loss, task_params)
+          return {**{name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}, "": loss}, bad
+
+        return jax.vmap(loss_and_metrics)(params)
+
+      metrics, bad = jax.lax.map(on_batch, jax.random.split(key, num_held_out_batches))
+      return {name: jnp.mean(x, axis=0) for name, x in metrics.items()}, jnp.any(bad, axis=0)
+
+    def train_loss(params: PyTree, state: PyTree) -> Float[Array, " thetas"]:
+      params = jax.vmap(baselines.evaluation_params)(state, params)
+      return mean_loss(params, jax.random.fold_in(validation_key, 0), "train")[0][""]
+
+    def step(carry: PyTree, t: Int[Array, ""]) -> tuple[PyTree, tuple[Float[Array, " thetas"], ...]]:
       params, state, diverged = carry
       key = jax.random.fold_in(steps_key, t)
 
-      # The key is not mapped over θ: the minibatch is made once for all of them.
       def update(theta: Theta, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree, Scalar, Bool[Array, ""]]:
         tx = optimizer.transform(theta, num_steps)
         params, state, loss = inner_training.train_step(family, tx, key, params, state, task_params)
         return params, state, *cap(loss, task_params)
 
       params, state, losses, bad = jax.vmap(update)(thetas, params, state)
-      return (params, state, diverged | bad), losses
-
-    def validate(params: PyTree, key: PRNGKey) -> tuple[dict[str, Float[Array, " thetas"]], Bool[Array, " thetas"]]:
-      batch_key, loss_key = jax.random.split(key)
-      batch = family.batch(batch_key, task_params, split)
-
-      def loss_and_metrics(params: PyTree) -> tuple[base.Metrics, Bool[Array, ""]]:
-        loss, metrics = family.loss(params, loss_key, batch, task_params)
-        loss, bad = cap(loss, task_params)
-        return {**{name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}, "": loss}, bad
-
-      return jax.vmap(loss_and_metrics)(params)
+      unmeasured = lambda params, state: jnp.full(num_thetas, jnp.nan)
+      now = jax.lax.cond(jnp.asarray(measured)[t + 1], train_loss, unmeasured, params, state)
+      return (params, state, diverged | bad), (losses, now)
 
     num_thetas = jax.tree.leaves(thetas)[0].shape[0]
     params = family.init(init_key, task_params)
     params = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_thetas, *x.shape)), params)
     state = jax.vmap(lambda theta, params: optimizer.transform(theta, num_steps).init(params))(thetas, params)
-    carry, losses = jax.lax.scan(step, (params, state, jnp.zeros(num_thetas, bool)), jnp.arange(num_steps))
+    first = train_loss(params, state)
+    carry, (losses, then) = jax.lax.scan(step, (params, state, jnp.zeros(num_thetas, bool)), jnp.arange(num_steps))
     params, state, diverged = carry
-    params = jax.vmap(baselines.evaluation_params)(state, params)
-    keys = jax.random.split(validation_key, num_held_out_batches)
-    metrics, bad = jax.lax.map(lambda key: validate(params, key), keys)
-    metrics = {name: jnp.mean(x, axis=0) for name, x in metrics.items()}
-    if extra_steps:
-      _, more = jax.lax.scan(step, carry, num_steps + jnp.arange(extra_steps))
-      losses = jnp.concatenate([losses, more])
-    return Runs(losses.T, metrics.pop(""), metrics, diverged | jnp.any(bad, axis=0))
+    metrics, bad = mean_loss(jax.vmap(baselines.evaluation_params)(state, params), validation_key, split)
+    train_losses = jnp.concatenate([first[None], then])
+    if points[-1] > num_steps:
+      _, (_, later) = jax.lax.scan(step, carry, jnp.arange(num_steps, points[-1]))
+      train_losses = jnp.concatenate([train_losses, later])
+    train_losses = train_losses[np.array(points)]
+    return Runs(losses.T, train_losses.T, metrics.pop(""), metrics, diverged | bad)
 
   def train(thetas: Theta, tasks: Tasks, seeds: Int[Array, " seeds"]) -> Runs:
     num_tasks, num_seeds = len(tasks.keys), len(seeds)
@@ -372,20 +401,20 @@ def build_train(
 
 
 def tune(
-  mean_losses: Callable[[Float[np.ndarray, "tasks rates"]], Float[np.ndarray, "tasks rates"]], num_tasks: int
+  losses_at: Callable[[Float[np.ndarray, "tasks rates"]], Float[np.ndarray, "tasks rates"]], num_tasks: int
 ) -> list[Tuning]:
-  """Chooses for each task the learning rate of lowest mean training loss, of `baselines.LEARNING_RATES`.
+  """Chooses for each task the learning rate of lowest loss, of `baselines.LEARNING_RATES`.
 
   Where the best is the lowest or highest tried, the next half-decade is tried too, at most `MAX_EXTENSIONS` times.
 
   Args:
-    mean_losses: `(learning rates) -> mean training losses`, a row for each task.
+    losses_at: `(learning rates) -> losses`, a row for each task.
     num_tasks: The number of rows.
   """
   grid = list(baselines.GRID)
   rates = np.tile([baselines.half_decade(index) for index in grid], (num_tasks, 1))
   # By the half-decade's index; of equal losses the lower learning rate's is taken.
-  tried = [dict(zip(grid, row, strict=True)) for row in mean_losses(rates).tolist()]
+  tried = [dict(zip(grid, row, strict=True)) for row in losses_at(rates).tolist()]
 
   def best_of(losses: dict[int, float]) -> int:
     return min(sorted(losses), key=lambda index: losses[index])
@@ -399,14 +428,14 @@ def tune(
       break
     # One program for all tasks: those that need no more repeat their best, and keep what they had.
     indices = [best_of(losses) if index is None else index for losses, index in zip(tried, following, strict=True)]
-    new = mean_losses(np.asarray([[baselines.half_decade(index)] for index in indices]))
+    new = losses_at(np.asarray([[baselines.half_decade(index)] for index in indices]))
     for losses, index, loss in zip(tried, indices, new[:, 0].tolist(), strict=True):
       losses.setdefault(index, loss)
 
   return [
     Tuning(
       learning_rates=tuple(baselines.half_decade(index) for index in sorted(losses)),
-      mean_losses=tuple(losses[index] for index in sorted(losses)),
+      losses=tuple(losses[index] for index in sorted(losses)),
       best=baselines.half_decade(best_of(losses)),
       interior=beyond(losses) is None,
     )
@@ -419,7 +448,13 @@ def _pack(runs: Mapping[str, Runs], tuning: Sequence[Tuning]) -> cache.Arrays:
   packed = {"tuning": np.array(json.dumps([t._asdict() for t in tuning]))}
   for name, x in runs.items():
     metrics = {f"metric/{metric}": value for metric, value in x.held_out_metrics.items()}
-    arrays = {"losses": x.losses, "held_out_loss": x.held_out_loss, "diverged": x.diverged, **metrics}
+    arrays = {
+      "losses": x.losses,
+      "train_losses": x.train_losses,
+      "held_out_loss": x.held_out_loss,
+      "diverged": x.diverged,
+      **metrics,
+    }
     packed |= {f"runs/{name}/{field}": np.asarray(value) for field, value in arrays.items()}
   return packed
 
@@ -438,7 +473,7 @@ def _unpack(packed: cache.Arrays) -> tuple[dict[str, Runs], list[Tuning]]:
     for name, own in fields.items()
   }
   tuning = [
-    Tuning(tuple(t["learning_rates"]), tuple(t["mean_losses"]), t["best"], t["interior"])
+    Tuning(tuple(t["learning_rates"]), tuple(t["losses"]), t["best"], t["interior"])
     for t in json.loads(packed["tuning"].item())
   ]
   return runs, tuning

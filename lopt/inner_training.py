@@ -1,5 +1,6 @@
 """Inner training as an unrolled computation graph: TaskFamily × LearnedOptimizer -> UnrolledProblem."""
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
@@ -31,6 +32,7 @@ def build(
   horizon: Callable[[base.PRNGKey], base.Horizon],
   meta_loss: Split = "train",
   precision: Precision = "float32",
+  loss_cap: float | None = None,
 ) -> base.UnrolledProblem:
   """Trains a freshly drawn task of the family in every episode.
 
@@ -47,12 +49,16 @@ def build(
     horizon: Draws the number of inner steps of an episode.
     meta_loss: Whose loss the outer problem minimises.
     precision: Of the matrix products of the family's networks; see `in_precision`.
+    loss_cap: Larger losses count as this much and as diverged, if it is below the family's own cap. The lower, the
+      less noise of runs that diverge is in gradients.
 
   Raises:
-    ValueError: For another `meta_loss` or `precision`.
+    ValueError: For another `meta_loss` or `precision`, or a `loss_cap` that is not a number.
   """
   if meta_loss not in get_args(Split):
     raise ValueError(f"meta_loss: must be one of {', '.join(get_args(Split))}, not {meta_loss!r}")
+  if loss_cap is not None and math.isnan(loss_cap):
+    raise ValueError("loss_cap: must be a number")
   family = in_precision(family, precision)
 
   def init(key: base.PRNGKey, num_steps: base.Horizon) -> InnerState:
@@ -80,7 +86,7 @@ def build(
     normalized = family.normalize(loss, state.task_params)
     return state._replace(params=params, optimizer_state=optimizer_state), normalized
 
-  return base.UnrolledProblem(horizon, init, step, family.loss_cap)
+  return base.UnrolledProblem(horizon, init, step, min(family.loss_cap, math.inf if loss_cap is None else loss_cap))
 
 
 def in_precision(family: base.TaskFamily, precision: Precision) -> base.TaskFamily:

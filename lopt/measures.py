@@ -4,7 +4,8 @@ Where the measures come from:
 
 - speed-up over tuned Adam: Metz et al. 2022, "VeLO: Training Versatile Learned Optimizers by Scaling Up"
   (arXiv 2211.09760), figure 1: "the relative number of steps it takes learning-rate-tuned Adam to achieve the same
-  loss each optimizer reaches", with the lower envelope of Adam's curves over its learning rates;
+  loss each optimizer reaches", with the lower envelope of Adam's curves over its learning rates; losses are those of
+  fixed training batches (see `evaluation`), because the minimum of many noisy losses would flatter Adam;
 - final loss relative to tuned Adam's, and the interquartile mean over tasks of both: Moudgil et al. 2025, "Celo"
   (arXiv 2501.12670; there the ratio is the other way up, so that more is better);
 - interquartile mean with stratified bootstrap intervals: Agarwal et al. 2021, "Deep Reinforcement Learning at the
@@ -17,46 +18,23 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from scipy import stats
 
-FINAL_SHARE = 0.05
-"""The share of the steps over which the final training loss, and each point of a smoothed curve, is a mean."""
+NUM_POINTS = 20
+"""Per horizon: after how many numbers of steps a run's training loss is measured. Adam's are interpolated between."""
 NUM_RESAMPLES = 1000
 """Of the bootstrap."""
 CONFIDENCE = 0.95
 PRECISION = 1e-6
 """To which relative difference two losses are the same."""
-RESOLUTION = 200
-"""Points per horizon at which the envelope is kept, all steps of shorter ones: speed-ups are exact to 1/200."""
 
 
-def window(num_steps: int) -> int:
-  """The length of the window of `smooth` for runs of a length: 5% of the steps, at least one."""
-  return max(1, round(FINAL_SHARE * num_steps))
+def points(num_steps: int, total: int) -> Int[np.ndarray, " points"]:
+  """The numbers of steps at which runs of `total` steps are measured, for the horizon T = `num_steps` ≤ `total`.
 
-
-def smooth(curve: Float[np.ndarray, "*runs steps"], width: int) -> Float[np.ndarray, "*runs windows"]:
-  """The trailing mean of a curve over `width` steps, along the last axis.
-
-  Only whole windows: entry i is the mean of the losses of steps i+1, …, i+width, as known after step i+width.
+  0, T, `total` and `NUM_POINTS` in between per horizon, or every step of shorter ones.
   """
-  return np.lib.stride_tricks.sliding_window_view(curve, width, axis=-1).mean(axis=-1)
-
-
-class Ladder(NamedTuple):
-  """Adam's smoothed training curves at all of its learning rates, beyond the horizon T."""
-
-  steps: Int[np.ndarray, " points"]
-  """The numbers of steps after which they are known: from `window(T)` to the runs' length, T among them."""
-  curves: Float[np.ndarray, "tasks seeds rates points"]
-
-
-def ladder(losses: Float[np.ndarray, "tasks seeds rates steps"], num_steps: int) -> Ladder:
-  """Smooths runs of T or more steps with the window of T, at `RESOLUTION` points per T."""
-  width, stride, last = window(num_steps), max(1, num_steps // RESOLUTION), losses.shape[-1]
-  steps = np.unique(
-    np.concatenate([np.arange(num_steps, width - 1, -stride), np.arange(num_steps, last, stride), [last]])
-  )
-  sums = np.cumsum(np.pad(losses.astype(np.float64), ((0, 0),) * 3 + ((1, 0),)), axis=-1)
-  return Ladder(steps, ((sums[..., steps] - sums[..., steps - width]) / width).astype(np.float32))
+  stride = max(1, num_steps // NUM_POINTS)
+  within, beyond = np.arange(num_steps, 0, -stride), np.arange(num_steps, total, stride)
+  return np.unique(np.concatenate([[0], within, beyond, [total]]))
 
 
 def envelope(curves: Float[np.ndarray, "*tasks rates points"]) -> Float[np.ndarray, "*tasks points"]:
@@ -75,20 +53,28 @@ def speed_up(
   Adam is allowed the best of all its learning rates at every step: it is the envelope that has to reach the loss. So
   2 means that tuned Adam takes twice as long, and Adam itself, at its one best rate, is at 1 or a little below.
 
+  Between two points of the envelope it is taken to be straight.
+
   Args:
-    final_loss: What the optimizer reached: its smoothed loss after T steps.
+    final_loss: What the optimizer reached after T steps.
     lowest: Adam's `envelope`.
     steps: The numbers of steps of the envelope's points.
     num_steps: T.
 
   Returns:
     The speed-up, and whether it is a lower bound only: where Adam's runs end before they reach the loss, their length
-    counts. (Nor is there less than 5%, the first window.)
+    counts.
   """
   # Losses are means of float32: Adam's own best rate reaches its own final loss, however they were added up.
-  reached = lowest <= (final_loss + PRECISION * np.abs(final_loss))[..., None]
+  goal = final_loss + PRECISION * np.abs(final_loss)
+  reached = lowest <= goal[..., None]
   never = np.asarray(~reached.any(axis=-1))
-  return np.where(never, steps[-1], steps[reached.argmax(axis=-1)]) / num_steps, never
+  after = np.where(never, len(steps) - 1, reached.argmax(axis=-1))
+  before = np.maximum(after - 1, 0)
+  high, low = (np.take_along_axis(lowest, index[..., None], axis=-1)[..., 0] for index in (before, after))
+  # From the first point on there is no slope, and where Adam's runs end early none is needed.
+  share = np.divide(high - goal, high - low, out=np.ones_like(goal), where=~never & (high > low))
+  return (steps[before] + share * (steps[after] - steps[before])) / num_steps, never
 
 
 def resampled_means(

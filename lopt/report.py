@@ -15,7 +15,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lopt import files, measures
+from lopt import files
 from lopt.comparison import REFERENCE, UNTUNED, Comparison, Measures, Summary, summarize
 from lopt.measures import Interval
 
@@ -36,8 +36,8 @@ def table(comparison: Comparison) -> str:
   c = comparison
   return "\n".join(
     [
-      f"Mean training loss over {c.num_steps} steps and {c.num_seeds} seeds. In brackets, the learning rate that was "
-      "chosen for the task on other seeds.",
+      f"Mean training loss over {c.num_steps} steps and {c.num_seeds} seeds. In brackets, the learning rate: "
+      f"that of the lowest {tuned_for(c)} on other seeds.",
       "",
       *_markdown(task_rows(c)),
       "",
@@ -148,8 +148,9 @@ def table_of_all(comparisons: Mapping[str, Comparison]) -> str:
     rows.append(row)
   what = (
     f"Mean training loss over all steps, the means over {len(first.tasks)} held-out tasks of each family and "
-    f"{first.num_seeds} seeds; {_enumerate(_tuned(first))} with the learning rate chosen for each task on other "
-    "seeds. Speed-up is over tuned Adam, the interquartile mean over tasks with its 95% interval."
+    f"{first.num_seeds} seeds; {_enumerate(_tuned(first))} with each task's learning rate of lowest "
+    f"{tuned_for(first)} on other seeds. Speed-up is over tuned Adam, the interquartile mean over tasks with its 95% "
+    "interval."
   )
   return "\n".join([what, "", *_markdown(rows)])
 
@@ -395,7 +396,7 @@ def _smooth_for_the_eye(curves: Float[np.ndarray, "seeds T"]) -> Float[np.ndarra
   num_steps = curves.shape[1]
   sums = np.cumsum(np.pad(curves, ((0, 0), (1, 0))), axis=1)
   end = np.arange(1, num_steps + 1)
-  length = np.clip(end // 10, 1, measures.window(num_steps))
+  length = np.clip(end // 10, 1, max(1, num_steps // 20))
   return (sums[:, end] - sums[:, end - length]) / length
 
 
@@ -403,5 +404,10 @@ def _caption(c: Comparison) -> str:
   return (
     f"Lines: means over {c.num_seeds} seeds. Bands: lowest to highest seed. Both smoothed by a trailing mean over "
     f"a tenth of the steps so far, at most 5% of all. {_enumerate(_tuned(c))}: learning "
-    "rate tuned for each task on other seeds."
+    f"rate of the lowest {tuned_for(c)}, for each task on other seeds."
   )
+
+
+def tuned_for(c: Comparison) -> str:
+  """In words."""
+  return {"mean_loss": "mean training loss", "final_loss": "final training loss"}[c.tuned_for]

@@ -75,6 +75,9 @@ def summary_plot(suites: Suites) -> Figure:
   figure = Figure(figsize=(7.2, 1.5 + 0.34 * len(rows) * max(1, 0.6 * len(first.learned))), layout="constrained")
   axes = figure.add_subplot()
   colors = [*report.learned_colors(first), (REFERENCE, "#0072B2")]
+  others = [name for name in first.baselines if name not in (REFERENCE, UNTUNED)]
+  if len(others) <= 2:  # more would hide what matters; the tables have them
+    colors += zip(others, ("#56B4E9", "#999999"), strict=False)
   for k, (name, color) in enumerate(colors):
     for i, comparisons in enumerate(rows.values()):
       y = i + 0.7 * ((k + 0.5) / len(colors) - 0.5)
@@ -82,7 +85,7 @@ def summary_plot(suites: Suites) -> Figure:
       tasks = [m.speed_up for c in comparisons for m in c.evaluations[name].measures]
       axes.plot(tasks, [y] * len(tasks), "|", color=color, alpha=0.35, markersize=6)
       axes.plot([s.low, s.high], [y, y], color=color, linewidth=2)
-      label = f"{name}, tuned" if name == REFERENCE else name
+      label = f"{name}, tuned" if name in first.baselines else name
       axes.plot([s.value], [y], "o", color=color, markersize=6, label=label if i == 0 else None)
   axes.axvline(1, color="#555555", linewidth=0.8, zorder=0)
   axes.axvline(evaluation.REFERENCE_FACTOR, color="#bbbbbb", linewidth=0.8, linestyle=":", zorder=0)
@@ -93,7 +96,7 @@ def summary_plot(suites: Suites) -> Figure:
   ticks = [x for x in (0.05, 0.1, 0.2, 0.5, 1, 2, 4) if low <= x <= high]
   axes.set_xticks(ticks, [f"{x:g}×" for x in ticks])
   axes.minorticks_off()
-  axes.set_xlabel(f"speed-up over {REFERENCE}: its steps to the same loss at the best of all its learning rates")
+  axes.set_xlabel(f"speed-up over {REFERENCE} at the best of all its learning rates")
   axes.spines[["top", "right"]].set_visible(False)
   axes.grid(axis="x", color="#e8e8e8", linewidth=0.5)
   axes.set_axisbelow(True)
@@ -124,7 +127,7 @@ def page(suites: Suites, about: About, summary: bytes) -> str:
     "largest speed-up to be seen, and tasks on which it is reached count with it.</p>",
     f"<h2>Over all {sum(len(c.tasks) for c in everything)} tasks</h2>",
     _table([report.summary_header(everything), *rows], names),
-    _DEFINITIONS,
+    _definitions(report.tuned_for(everything[0])),
     "<h2>Beyond the training horizon</h2>",
     _beyond(families, names, about.horizons),
     "<h2>Failures</h2>",
@@ -240,14 +243,16 @@ def _image(png: bytes, what: str) -> str:
   return f'<img alt="{_text(what)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-_DEFINITIONS = f"""<details><summary>What the columns are</summary><dl>
+def _definitions(tuned_for: str) -> str:
+  return f"""<details><summary>What the columns are</summary><dl>
 <dt>speed-up<dd>The steps that {REFERENCE} needs to get to the loss that the optimizer ends with, divided by the
-  optimizer's. {REFERENCE} may take the best of all its learning rates for each number of steps, so its own one best
-  rate is at 1 or below (Metz et al. 2022, VeLO). Interquartile mean over tasks with a 95% interval from a stratified
-  bootstrap over seeds (Agarwal et al. 2021); tasks are taken as given. “k ≥”: tasks on which {REFERENCE} did not get
-  there in {evaluation.REFERENCE_FACTOR} times the steps.
-<dt>final loss ÷ Adam's<dd>Training loss over the last {100 * measures.FINAL_SHARE:g}% of the steps, divided by tuned
-  {REFERENCE}'s; below 1 is better. Interquartile mean and interval as above.
+  optimizer's; losses are those of fixed training batches, the same for all. {REFERENCE} may take the best of all
+  its learning rates for each number of steps, so its own one best rate is at 1 or below (Metz et al. 2022, VeLO).
+  Interquartile mean over tasks with a 95% interval from a stratified bootstrap over seeds (Agarwal et al. 2021);
+  tasks are taken as given. “k ≥”: tasks on which {REFERENCE} did not get there in {evaluation.REFERENCE_FACTOR} times
+  the steps.
+<dt>final loss ÷ Adam's<dd>Training loss after the last step, on fixed batches, divided by tuned {REFERENCE}'s; below
+  1 is better. Interquartile mean and interval as above.
 <dt>training loss<dd>Mean over all steps, tasks and seeds, with the standard error over seeds; 1 = knowing nothing.
 <dt>test loss, test accuracy<dd>On the test split after the last step; nothing was chosen on it.
 <dt>rank<dd>Mean place among all optimizers of the table by final training loss, 1 the best.
@@ -255,8 +260,9 @@ _DEFINITIONS = f"""<details><summary>What the columns are</summary><dl>
 <dt>better than …<dd>Tasks on which the mean training loss is lower.
 <dt>time per step, wall-clock speed-up<dd>Of one run alone, compiled, in steady state; speed-up divided by it.
 <dt>learning rate interior<dd>Tasks on which lower and higher rates than the chosen one were tried. It is chosen among
-  14 half-decades and more, on seeds that are not reported.
+  14 half-decades and more, by {tuned_for}, on seeds that are not reported.
 </dl></details>"""
+
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 78rem; margin: 2rem auto; padding: 0 1rem }

@@ -1,6 +1,6 @@
 """Trained optimizers: one safetensors file with θ and, in its header, the configuration that it needs.
 
-    optimizer = lopt.load("runs/digits")
+    optimizer = lopt.load("mlp")  # which comes with lopt; or lopt.load("runs/digits")
     tx = optimizer(num_steps=10_000)  # an optax.GradientTransformationExtraArgs
 
 Leaves of θ are named by their path in the pytree, such as `mlp/~/linear_0/w`. The header has the strings
@@ -27,11 +27,13 @@ import safetensors
 import safetensors.numpy
 
 from lopt import configuration, meta_parameters
-from lopt.base import LearnedOptimizer, Theta
+from lopt.base import LearnedOptimizer, PyTree, Theta
 from lopt.files import write_atomically
 from lopt.version import __version__
 
 FILENAME = "optimizer.safetensors"
+PRETRAINED = Path(__file__).parent / "pretrained"
+"""What comes with lopt: `<name>.safetensors`, trained by experiments/configs/pretrained.py."""
 _FORMAT = {"format": "lopt optimizer", "format_version": "1"}
 
 
@@ -52,12 +54,29 @@ class TrainedOptimizer(NamedTuple):
   def __call__(self, num_steps: int) -> optax.GradientTransformationExtraArgs:
     """The transformation for an inner run of `num_steps` steps: `tx.update(grads, state, params, value=loss)`.
 
+    It computes in float32 whatever the parameters' precision, which updates have.
+
     Raises:
       ValueError: `num_steps` is below 1.
     """
     if num_steps < 1:
       raise ValueError(f"num_steps: {num_steps} is not a number of training steps; it must be at least 1")
-    return self.architecture.transform(self.theta, num_steps)
+    return _in_float32(self.architecture.transform(self.theta, num_steps))
+
+
+def _in_float32(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+  def cast(tree: PyTree) -> PyTree:
+    return optax.tree.cast(tree, jnp.float32)
+
+  def update(
+    updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
+  ) -> tuple[PyTree, PyTree]:
+    steps, state = tx.update(cast(updates), state, cast(params), **extra_args)
+    return jax.tree.map(
+      lambda step, like: step.astype(like.dtype), steps, updates if params is None else params
+    ), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: tx.init(cast(params)), update)
 
 
 def export(
@@ -90,15 +109,21 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   """The arrays of a trained optimizer, by name, and its header, without building anything.
 
   Args:
-    path: the file, or the folder that has it as `optimizer.safetensors`.
+    path: the file, or the folder that has it as `optimizer.safetensors`; or, as a string, one of `pretrained()`. (A
+      folder of such a name is "./mlp".)
 
   Raises:
     LoadError: no such file, not a trained optimizer, damaged, or of a format version unknown here.
   """
+  if path in pretrained():
+    path = PRETRAINED / f"{path}.safetensors"
   path = Path(path)
   path = path / FILENAME if path.is_dir() else path
   if not path.is_file():
-    raise LoadError(f"{path}: no such file; expected a trained optimizer, or a folder with {FILENAME}")
+    raise LoadError(
+      f"{path}: no such file; expected a trained optimizer, a folder with {FILENAME}, or one that comes with lopt: "
+      f"{', '.join(pretrained())}"
+    )
   try:
     with safetensors.safe_open(path, framework="np") as file:
       header = file.metadata() or {}
@@ -117,11 +142,16 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   return arrays, header
 
 
+def pretrained() -> list[str]:
+  """The names of the trained optimizers that come with lopt."""
+  return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
+
+
 def load(path: str | Path) -> TrainedOptimizer:
-  """A trained optimizer, ready for use: `load(path)(num_steps=10_000)` is an Optax transformation.
+  """A trained optimizer, ready for use: `load("mlp")(num_steps=10_000)` is an Optax transformation.
 
   Args:
-    path: the file, or the folder that has it as `optimizer.safetensors`.
+    path: one of `pretrained()`, the file, or the folder that has it as `optimizer.safetensors`.
 
   Raises:
     LoadError: no such file, not a trained optimizer, damaged, or θ does not fit the architecture.

@@ -115,7 +115,9 @@ PARAMS = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2), "scale": jnp.float32(1.5), "
 
 @pytest.mark.parametrize("optimizer", ARCHITECTURES)
 def test_architectures(optimizer):
-  """Any tree of parameters; a first state without θ; names for all of θ; the same updates under jit and vmap."""
+  """Any tree of parameters; a first state without θ, that can be donated; names for all of θ; the same updates under
+  jit and vmap.
+  """
   learned = architecture(optimizer)
   theta = learned.init(jax.random.key(0))
   assert len(meta_parameters.named(theta)) == len(jax.tree.leaves(theta))
@@ -123,6 +125,7 @@ def test_architectures(optimizer):
   state = learned.transform(nothing, 100).init(PARAMS)
   for x in jax.tree.leaves(state):
     assert np.all(np.isfinite(np.asarray(x, np.float32)))
+  jax.jit(lambda state: jax.tree.map(jnp.square, state), donate_argnums=0)(state)
 
   def two_steps(theta, params, num_steps):
     tx = learned.transform(theta, num_steps)

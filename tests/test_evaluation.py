@@ -213,26 +213,26 @@ def parabola(best):
   """Mean losses with the minimum at learning rate `best`, a task each, and a record of what was asked for."""
   asked = []
 
-  def mean_losses(rates):
+  def losses_at(rates):
     asked.append(rates)
     return (np.log(rates) - np.log(np.array(best))[:, None]) ** 2
 
-  return mean_losses, asked
+  return losses_at, asked
 
 
 def test_tuning_finds_each_tasks_best_learning_rate():
-  mean_losses, asked = parabola([2e-6, 1e-3, 0.028, 1.2])
-  tuning = evaluation.tune(mean_losses, 4)
+  losses_at, asked = parabola([2e-6, 1e-3, 0.028, 1.2])
+  tuning = evaluation.tune(losses_at, 4)
   assert [t.best for t in tuning] == [3e-6, 1e-3, 0.03, 1.0]
   assert all(t.interior and t.learning_rates == baselines.LEARNING_RATES for t in tuning)
   assert len(asked) == 1
   for i, t in enumerate(tuning):
-    np.testing.assert_array_equal(t.mean_losses, mean_losses(np.array([t.learning_rates] * 4))[i])
+    np.testing.assert_array_equal(t.losses, losses_at(np.array([t.learning_rates] * 4))[i])
 
 
 def test_tuning_extends_the_grid_of_the_tasks_whose_best_is_at_its_end():
-  mean_losses, asked = parabola([3.0, 1e-3, 27.0, 1e-7])
-  tuning = evaluation.tune(mean_losses, 4)
+  losses_at, asked = parabola([3.0, 1e-3, 27.0, 1e-7])
+  tuning = evaluation.tune(losses_at, 4)
   assert [t.best for t in tuning] == [3.0, 1e-3, 30.0, 1e-7]
   assert all(t.interior for t in tuning)
   grid = baselines.LEARNING_RATES
@@ -244,8 +244,8 @@ def test_tuning_extends_the_grid_of_the_tasks_whose_best_is_at_its_end():
 
 
 def test_tuning_says_so_when_the_best_stays_at_the_end():
-  mean_losses, asked = parabola([1e6, 1e-12])
-  high, low = evaluation.tune(mean_losses, 2)
+  losses_at, asked = parabola([1e6, 1e-12])
+  high, low = evaluation.tune(losses_at, 2)
   assert not high.interior
   assert not low.interior
   assert high.best == 300.0
@@ -287,7 +287,7 @@ def test_compare_tunes_as_brute_force_does_on_seeds_that_are_not_reported(family
     assert not set(tuning_runs) & set(reported_runs)
     rates = m.tuning.learning_rates
     expected = [np.mean([capped(reference(*run, rate, T)) for run in tuning_runs]) for rate in rates]
-    np.testing.assert_allclose(m.tuning.mean_losses, expected, rtol=2e-3)
+    np.testing.assert_allclose(m.tuning.losses_at, expected, rtol=2e-3)
     assert m.tuning.best == rates[np.argmin(expected)]
     assert m.tuning.interior == (0 < np.argmin(expected) < len(rates) - 1)
     curves = [capped(reference(*run, m.tuning.best, T)) for run in reported_runs]
@@ -305,21 +305,20 @@ def test_compare_trains_all_optimizers_from_the_same_starts(family, compared):
 
 
 def adam_ladder(family):
-  """Adam's curves [tasks, seeds, rates, 4 T] on the reported runs, by the recursion."""
-  curves = np.zeros((4, 3, 14, 4 * T))
+  """Adam's losses [tasks, seeds, rates, 2 T + 1] after 0, 2, … 4 T steps on the reported runs, by the recursion."""
+  curves = np.zeros((4, 3, 14, 2 * T + 1))
   for i, j, k in np.ndindex(4, 3, 14):
     start = task_and_start(family, 1, evaluation.HELD_OUT, i, j)
-    curves[i, j, k] = capped(adam_curve(*start, baselines.LEARNING_RATES[k], 4 * T))
+    curves[i, j, k] = capped(adam_curve(*start, baselines.LEARNING_RATES[k], 4 * T + 1))[::2]
   return curves
 
 
 def test_the_envelope_is_the_best_of_all_learning_rates_for_four_horizons(family, compared):
   curves = adam_ladder(family).mean(axis=1)
-  assert compared.envelope.steps.tolist() == list(range(2, 4 * T + 1))  # a window of 2, 5% of 40 steps
+  assert compared.envelope.steps.tolist() == list(range(0, 4 * T + 1, 2))  # twenty points for 40 steps
   for i in range(4):
     assert compared.baselines["Adam"].measures[i].tuning.best in baselines.LEARNING_RATES  # or else one more curve
-    smoothed = (curves[i, :, 1:] + curves[i, :, :-1]) / 2
-    lowest = [smoothed[:, : t + 1].min() for t in range(4 * T - 1)]
+    lowest = [curves[i, :, : t + 1].min() for t in range(2 * T + 1)]
     np.testing.assert_allclose(compared.envelope.losses[i], lowest, rtol=2e-2, atol=1e-5)
 
 
@@ -330,16 +329,18 @@ def test_measures_equal_naive_sums_over_the_curves(family, compared):
     for i, m in enumerate(e.measures):
       runs = e.curves[i]
       means = [sum(run) / T for run in runs]
-      finals = [(run[-1] + run[-2]) / 2 for run in runs]  # 5% of 40 steps
       assert m.mean_loss == pytest.approx(np.mean(means))
       assert m.mean_loss_error == pytest.approx(np.std(means, ddof=1) / math.sqrt(3))
-      assert m.final_loss == pytest.approx(np.mean(finals))
-      assert m.final_loss_error == pytest.approx(np.std(finals, ddof=1) / math.sqrt(3))
+      if name in compared.learned:
+        starts = [task_and_start(family, 1, evaluation.HELD_OUT, i, j) for j in range(3)]
+        finals = [sgd_curve(*start, {"fast": 0.2, "slow": 1e-4}[name], T + 1)[T] for start in starts]
+        assert m.final_loss == pytest.approx(np.mean(finals), rel=1e-3, abs=1e-7)
+        assert m.final_loss_error == pytest.approx(np.std(finals, ddof=1) / math.sqrt(3), rel=1e-2, abs=1e-7)
       assert m.relative_loss == pytest.approx(m.final_loss / compared.baselines["Adam"].measures[i].final_loss)
       assert m.rank == 1 + sum(other.measures[i].final_loss < m.final_loss for other in everyone.values())
       steps, lowest = compared.envelope.steps, compared.envelope.losses[i]
-      enough = [t for t, loss in zip(steps, lowest, strict=True) if loss <= np.mean(finals) * (1 + 1e-6)]
-      assert m.speed_up == (enough[0] if enough else 4 * T) / T
+      enough = [t for t, loss in zip(steps, lowest, strict=True) if loss <= m.final_loss * (1 + 1e-6)]
+      assert enough[0] - 2 < m.speed_up * T <= enough[0] if enough else m.speed_up == 4
       assert m.speed_up_is_bound == (not enough)
       assert m.diverged == 0
       if name in compared.learned:
@@ -368,15 +369,17 @@ def test_adam_as_it_is_has_the_learning_rate_1e_3(family, compared):
 
 def test_resamples_repeat_the_measures_on_other_seeds(family, compared):
   """Every resample is one of the 27 ways to draw 3 seeds of 3; the same for the optimizer and for Adam."""
-  smoothed = measures.smooth(adam_ladder(family), 2)
+  losses = adam_ladder(family)
   for name, i in [*((name, i) for name in ("slow", "fast") for i in range(4))]:
-    finals = compared.learned[name].curves[i][:, -2:].mean(axis=1)
-    adam = compared.baselines["Adam"].curves[i][:, -2:].mean(axis=1)
+    starts = [task_and_start(family, 1, evaluation.HELD_OUT, i, j) for j in range(3)]
+    finals = np.array([sgd_curve(*start, {"fast": 0.2, "slow": 1e-4}[name], T + 1)[T] for start in starts])
+    best = baselines.LEARNING_RATES.index(compared.baselines["Adam"].measures[i].tuning.best)
+    adam = losses[i, :, best, T // 2]
     possible = []
     for draw in map(list, np.ndindex(3, 3, 3)):
-      lowest = np.minimum.accumulate(smoothed[i, draw].mean(axis=0).min(axis=0))
-      enough = np.flatnonzero(lowest <= finals[draw].mean())
-      possible.append(((enough[0] + 2 if enough.size else 4 * T) / T, finals[draw].mean() / adam[draw].mean()))
+      lowest = np.minimum.accumulate(losses[i, draw].mean(axis=0).min(axis=0))
+      reached = np.interp(-finals[draw].mean(), -lowest, 2 * np.arange(2 * T + 1))
+      possible.append((reached / T, finals[draw].mean() / adam[draw].mean()))
     resamples = compared.learned[name].resamples
     seen = set(zip(resamples.speed_up[:, i].round(3), resamples.relative_loss[:, i].round(3), strict=True))
     assert 1 < len(seen) <= 27 or (name == "fast" and 1 <= len(seen) <= 27)
@@ -437,14 +440,15 @@ def trained(monkeypatch):
   """Runs are made up, so that there is nothing to compile; what was trained, by the name of its meta-parameter."""
   names = []
 
-  def build_train(family, optimizer, *, num_steps, extra_steps=0, **options):
+  def build_train(family, optimizer, *, num_steps, points=(), **options):
     def train(thetas, tasks, seeds):
       (name, theta), *_ = thetas.items()
       names.append(name)
       theta = np.asarray(theta).reshape(-1, np.shape(theta)[-1])[:, None] + np.asarray(seeds)[:, None] % 5 / 7
       theta = np.broadcast_to(theta, (len(tasks.keys), *theta.shape[1:]))
-      losses = 2 + np.cos(theta)[..., None] + np.exp(-np.arange(1, num_steps + extra_steps + 1))
-      return evaluation.Runs(losses, np.sin(theta), {"accuracy": np.abs(np.sin(theta))}, theta > 0)
+      losses = 2 + np.cos(theta)[..., None] + np.exp(-np.arange(1, num_steps + 1))
+      train_losses = 2 + np.cos(theta)[..., None] + np.exp(-np.array(points or [num_steps]))
+      return evaluation.Runs(losses, train_losses, np.sin(theta), {"accuracy": np.abs(np.sin(theta))}, theta > 0)
 
     return train
 

@@ -72,6 +72,12 @@ def test_an_episode_is_plain_training(meta_loss):
   assert problem.loss_cap == 123.0
 
 
+@pytest.mark.parametrize(("loss_cap", "expected"), [(None, 123.0), (500.0, 123.0), (2.0, 2.0)])
+def test_a_lower_cap_replaces_the_familys(loss_cap, expected):
+  problem = inner_training.build(family(), sgd(), horizon=lambda key: jnp.int32(7), loss_cap=loss_cap)
+  assert problem.loss_cap == expected
+
+
 def test_an_optimizer_state_that_depends_on_theta_shows():
   """An episode outlives θ, so a state initialised from θ's values would be stale; it is NaN instead."""
 

@@ -63,6 +63,7 @@ def comparison():
     num_steps=T,
     num_seeds=SEEDS,
     num_tuning_seeds=2,
+    tuned_for="mean_loss",
     seed=5,
     learned={"mine": make_evaluation(learned, make_curves(0.01))},
     baselines={
@@ -192,7 +193,7 @@ def test_json_has_every_number_of_the_comparison(comparison, tmp_path):
         t = m.tuning
         expected["tuning"] = {
           "learning_rates": list(t.learning_rates),
-          "mean_losses": list(t.mean_losses),
+          "losses": list(t.losses),
           "best": t.best,
           "interior": t.interior,
         }

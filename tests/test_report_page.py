@@ -11,7 +11,7 @@ import pytest
 from matplotlib import image
 
 from lopt import comparison, measures, report_page
-from lopt.comparison import Comparison, Envelope, Runs, Tuning
+from lopt.comparison import Comparison, Envelope, Ladder, Runs, Tuning
 
 T, TASKS, SEEDS = 40, 3, 4
 
@@ -28,12 +28,12 @@ def compared(rates, timed=True):
   def runs(rate, diverged=0.0):
     losses = curves(rate)[..., :T]
     flags = np.full((TASKS, SEEDS), diverged)
-    return Runs(losses, 2 * losses[..., -1], {"accuracy": 1 - losses[..., -1]}, flags)
+    return Runs(losses, losses[..., -1:], 2 * losses[..., -1], {"accuracy": 1 - losses[..., -1]}, flags)
 
   learned = {name: runs(rate, float(rate < 0)) for name, rate in rates.items()}
   everyone = learned | {"Adam": runs(1.0), "Adam at 1e-3": runs(0.5), "Lion": runs(0.8)}
-  ladder = measures.ladder(np.stack([curves(1.0), curves(0.5)], axis=2), T)
-  envelope = Envelope(ladder.steps, measures.envelope(ladder.curves.mean(axis=1)))
+  ladder = Ladder(np.arange(1, 4 * T + 1), np.stack([curves(1.0), curves(0.5)], axis=2))
+  envelope = Envelope(ladder.steps, measures.envelope(ladder.losses.mean(axis=1)))
   tuning = [Tuning((1e-3, 1e-2, 1e-1), (3.0, 1.0, 2.0), 1e-2, True)] * TASKS
   evaluations = comparison.evaluate(everyone, {"Adam": tuning, "Lion": tuning}, ladder, envelope, T, 0)
   return Comparison(
@@ -41,6 +41,7 @@ def compared(rates, timed=True):
     num_steps=T,
     num_seeds=SEEDS,
     num_tuning_seeds=2,
+    tuned_for="final_loss",
     seed=0,
     learned={name: evaluations.pop(name) for name in rates},
     baselines=evaluations,

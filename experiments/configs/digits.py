@@ -33,6 +33,7 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.num_outer_steps = 1_600  # updates of θ
   config.meta_loss = "train"  # what the optimizer is to make small: the loss on 'train' or 'validation' batches
   config.objective = "mean_loss"  # of all inner steps, or 'final_loss'
+  config.loss_cap = config_dict.placeholder(float)  # larger losses count as this in meta-training; None: the task's
   config.precision = "float32"  # of the inner networks' matrix products; 'bfloat16' is for accelerators
 
   config.horizon = ml_collections.ConfigDict()  # inner steps of an episode, drawn log-uniformly for each

@@ -66,6 +66,7 @@ def build(
   step_multiplier: float = 1e-3,
   exp_multiplier: float = 1e-3,
   epsilon: float = 1e-5,
+  gradient_scale: float = 1.0,
 ) -> base.LearnedOptimizer:
   """One very small MLP, applied to every inner parameter on its own, that sees what Adam and Adafactor see.
 
@@ -98,9 +99,12 @@ def build(
     step_multiplier: λ₁.
     exp_multiplier: λ₂.
     epsilon: ε, below which mean squares are not normalised away.
+    gradient_scale: By which gradients are multiplied first. Nothing depends on it but for ε and the small constants,
+      which are the authors' and large for gradients of the size of 1e-3: those look like converged tasks' then.
 
   Raises:
-    ValueError: For no hidden layer, a width below 1, no decay, a decay outside of 0 ≤ β < 1, or ε ≤ 0.
+    ValueError: For no hidden layer, a width below 1, no decay, a decay outside of 0 ≤ β < 1, ε ≤ 0, or a scale that
+      is not above 0 and finite.
   """
   checks.require(
     len(hidden_sizes) > 0 and min(hidden_sizes) >= 1, "hidden_sizes", hidden_sizes, "one or more widths of at least 1"
@@ -110,6 +114,7 @@ def build(
   )
   checks.require(0 <= second_moment_decay < 1, "second_moment_decay", second_moment_decay, "from 0 to below 1")
   checks.require(epsilon > 0, "epsilon", epsilon, "above 0")
+  checks.require(0 < gradient_scale < math.inf, "gradient_scale", gradient_scale, "above 0 and finite")
   k = len(decays)
   # Inputs in the order of their rows in the first layer's weights, and those that differ from parameter to parameter.
   sizes = {"g": 1, "p": 1, "m": k, "v": 1, "m_v": k, "v_rsqrt": 1, "g_factored": k, "row": k, "column": k}
@@ -200,6 +205,7 @@ def build(
       del extra_args
       if params is None:
         raise ValueError("the Adafactor MLP optimizer needs the parameters: call update(gradients, state, params)")
+      updates = jax.tree.map(lambda g: gradient_scale * g, updates)
       time = jnp.tanh(state.count / jnp.array(TIME_SCALES, jnp.float32) - 1.0)
       bias = time @ w["time"] + first_b
       momenta = jax.tree.map(lambda g, m: accumulate(m, g, momentum_gains), updates, state.momenta)

@@ -131,9 +131,10 @@ def build(
 
     def init_fn(params):
       n = len(jax.tree.leaves(params))
-      zeros = jax.tree.map(jnp.zeros_like, params)
-      units = jnp.zeros((n, hidden_size))
-      return NeuralAdamState(jnp.zeros((), jnp.int32), zeros, zeros, units, units, jnp.zeros((n, 4)))
+      # Not one array twice: such a state could not be donated.
+      m, v = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+      hidden, cell = (jnp.zeros((n, hidden_size)) for _ in range(2))
+      return NeuralAdamState(jnp.zeros((), jnp.int32), m, v, hidden, cell, jnp.zeros((n, 4)))
 
     def update_fn(updates, state, params=None, **extra_args):
       del extra_args

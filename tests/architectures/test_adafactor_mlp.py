@@ -1,6 +1,7 @@
 """The Adafactor-feature MLP against plain NumPy, written as published: 39 columns a parameter, features last."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,22 @@ def test_published_weights_give_the_updates_of_a_plain_implementation():
       np.testing.assert_allclose(np.asarray(updates[name]), expected, rtol=1e-5, atol=tolerance, err_msg=name)
       np.testing.assert_allclose(state.momenta[name], np.moveaxis(reference.m, -1, 0), rtol=1e-5, atol=1e-9)
       params[name] = params[name] + expected
+
+
+def test_the_gradient_scale_multiplies_gradients():
+  scaled, plain = adafactor_mlp.build(gradient_scale=1e3), adafactor_mlp.build()
+  theta = plain.init(jax.random.key(0))
+  rng = np.random.default_rng(0)
+  params, gradients = ({"w": jnp.float32(rng.normal(size=(3, 2)))} for _ in range(2))
+
+  def second_update(optimizer, gradients) -> Any:
+    tx = optimizer.transform(theta, 10)
+    _, state = tx.update(gradients, tx.init(params), params)
+    return tx.update(gradients, state, params)[0]["w"]
+
+  small = {"w": 1e-3 * gradients["w"]}
+  np.testing.assert_allclose(second_update(scaled, small), second_update(plain, gradients), rtol=1e-3)
+  assert np.abs(second_update(plain, small) - second_update(plain, gradients)).max() > 1e-5
 
 
 def test_number_of_meta_parameters():

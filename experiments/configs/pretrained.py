@@ -1,0 +1,39 @@
+"""Meta-trains the optimizers that come with lopt, see `lopt/pretrained/`.
+
+    make reproduce-pretrained NAME=mlp
+
+By PES on the mixture of `mixture.py`: small classifiers of digits (wide, deep, with noisy labels and little data,
+reparametrised) and closed-form surfaces. Episodes are of 50 to 1,000 steps; steps of the optimizers are relative to
+the parameters, and shrink to zero along half a cosine over the run, so that neither scale nor length is tied to what
+was seen here.
+"""
+
+import pathlib
+
+import ml_collections
+
+from lopt import configuration
+
+mixture = configuration.load(pathlib.Path(__file__).with_name("mixture.py"))
+
+SAFEGUARDS = {"relative_floor": 1e-3, "base_steps": 1_000}
+ARCHITECTURES = {
+  "mlp": {"step_multiplier": 1e-2, "safeguards": SAFEGUARDS},
+  "adafactor_mlp": {"step_multiplier": 1e-2, "gradient_scale": 1e3, "safeguards": SAFEGUARDS},
+  "lstm": {"safeguards": SAFEGUARDS},
+}
+OUTER_STEPS = {"mlp": 4_500, "adafactor_mlp": 7_000, "lstm": 800}
+
+
+def get_config(choices: str = "") -> ml_collections.ConfigDict:
+  config = mixture.get_config(choices)  # as there, but for:
+  name = config.architecture.name
+  if name not in ARCHITECTURES:
+    raise configuration.ConfigError(f"architecture={name}: is not pretrained; there are: {', '.join(ARCHITECTURES)}")
+  config.architecture = configuration.choose(f"architecture={name}", architecture=ARCHITECTURES).architecture
+  config.num_outer_steps = OUTER_STEPS[name]
+  config.horizon.maximum = 1_000
+  config.loss_cap = 2.0
+  config.estimator.sigma = 0.01
+  config.outer_optimizer.learning_rate = 3e-3
+  return config
