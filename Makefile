@@ -5,12 +5,13 @@ CONFIG ?= experiments/configs/digits.py
 WORKDIR ?= runs/digits
 SCALE ?= quick
 NAME ?= mlp
+SUITE ?= fresh,data,size,horizon,architecture,loss
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE := --universal --fork-strategy fewest --python-version 3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help meta-train reproduce-pretrained evaluate architectures bench paper test check format requirements clean
+.PHONY: help meta-train reproduce-pretrained report evaluate architectures bench paper test check format requirements clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 28
@@ -21,6 +22,10 @@ meta-train: .venv/runtime  ## meta-train an optimizer on digits (or CONFIG=..., 
 reproduce-pretrained: .venv/runtime  ## train again what comes with lopt: NAME=mlp, adafactor_mlp or lstm
 	$(BIN)/python experiments/meta_train.py --config=experiments/configs/pretrained.py:architecture=$(NAME) \
 	  --workdir=runs/pretrained/$(NAME)
+
+report: .venv/runtime  ## compare what comes with lopt with tuned Adam on held-out suites, into runs/report/report.html
+	$(BIN)/python experiments/evaluate.py --optimizer=adafactor_mlp,mlp,lstm --suite=$(SUITE) --num_tasks=2 \
+	  --baselines=adam_cosine --output=runs/report
 
 evaluate: .venv/runtime  ## compare the optimizer trained in WORKDIR with tuned baselines on held-out tasks
 	$(BIN)/python experiments/evaluate.py --optimizer=$(WORKDIR)

@@ -12,7 +12,7 @@ others by itself, with `--coordinator=auto`):
     python experiments/meta_train.py ... --coordinator=HOST:PORT --num_processes=4 --process_id=0  (to 3)
 
 Writes to the work directory: optimizer.safetensors (the trained optimizer, for `lopt.load`), comparison.json,
-comparison.md and comparison.png, metrics.jsonl, config.json, checkpoints/ and, unless disabled, wandb/.
+comparison.md and comparison.png, training.png, metrics.jsonl, config.json, checkpoints/ and, unless disabled, wandb/.
 """
 
 import json
@@ -315,6 +315,8 @@ def main(argv: list[str]) -> None:
     for name, (family, _) in experiment.families.items()
   }
   picture = report.write_all(comparisons, workdir)
+  records = [json.loads(line) for line in (workdir / tracking.METRICS).read_text("utf-8").splitlines()]
+  files.write_atomically(workdir / "training.png", report.png(report.meta_training_curves(records)))
   tracker.log_image(experiment.num_outer_steps, "comparison", picture)
   tracker.finish()
   print(f"\n{report.table_of_all(comparisons)}\n")

@@ -76,7 +76,7 @@ class Measures(NamedTuple):
   speed_up_is_bound: bool
   """Whether Adam did not get there in `REFERENCE_FACTOR` T steps, so that the speed-up is that much or more."""
   relative_loss: float
-  """`final_loss` divided by tuned Adam's; NaN where that is not positive."""
+  """`final_loss` divided by tuned Adam's; NaN where that is not above 0."""
   rank: float
   """The place among all optimizers of the comparison by `final_loss`, 1 the lowest."""
   tuning: Tuning | None
@@ -178,7 +178,9 @@ def summarize(comparisons: Sequence[Comparison], name: str) -> Summary:
   resampled_speed_ups, resampled_relative = (
     np.concatenate(x, axis=1) for x in zip(*(e.resamples for e in evaluations), strict=True)
   )
-  there = ~np.isnan(relative)
+  # Not where Adam's loss is 0, on all seeds or on those of a resample; of a single seed there are no resamples.
+  without = np.isnan(resampled_relative)
+  there = ~np.isnan(relative) & (~without.any(axis=0) | without.all(axis=0))
   accuracies = [m.test_metrics["accuracy"] for m in own if "accuracy" in m.test_metrics]
   times = None
   if all(c.seconds_per_step for c in comparisons):

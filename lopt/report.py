@@ -234,6 +234,40 @@ def training_curves(comparison: Comparison, loss_label: str = LOSS) -> Figure:
   return figure
 
 
+def meta_training_curves(records: Sequence[Mapping[str, float | int | None]]) -> Figure:
+  """The mean loss while meta-training: in the episodes as they go, and on the periodic evaluation's tasks.
+
+  Args:
+    records: Of the metrics, as in metrics.jsonl; each has its outer `step`. Of a mixture each family is drawn too.
+  """
+  figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+  for axes, prefix, title in zip(
+    figure.subplots(1, 2),
+    ("meta_loss", "evaluation/mean_loss"),
+    ("meta-training episodes", "periodic evaluation"),
+    strict=True,
+  ):
+    there = [record for record in records if prefix in record]
+    steps = np.array([record["step"] for record in there])
+    families = sorted(name for name in (there[0] if there else ()) if name.startswith(f"{prefix}/"))
+    for i, name in enumerate([*families, prefix]):
+      values = np.array([record[name] for record in there], float)  # null becomes NaN
+      if prefix == "meta_loss":  # a mean over the few episodes of a step: noisy
+        values = _smooth_for_the_eye(values[None])[0]
+      label = name.removeprefix(f"{prefix}/") if name != prefix else "all" if families else None
+      color = "black" if name == prefix else f"C{i}"
+      axes.plot(steps, values, color=color, linewidth=1.8 if name == prefix else 1.0, label=label)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("outer step")
+    axes.set_ylabel("mean loss")
+    axes.set_yscale("log")
+    axes.spines[["top", "right"]].set_visible(False)
+  handles, labels = figure.axes[-1].get_legend_handles_labels()
+  if labels:
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=8)
+  return figure
+
+
 def png(figure: Figure, dpi: int = 200) -> bytes:
   """The figure as a picture."""
   buffer = io.BytesIO()

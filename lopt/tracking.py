@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from lopt.files import explain, write_atomically
 
+METRICS = "metrics.jsonl"
 MODES = ("auto", "online", "offline", "disabled")
 
 _INIT_TIMEOUT = 20  # seconds to reach the W&B server at the start of a run
@@ -70,7 +71,7 @@ def start(
   mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # W&B's older names
   if mode not in MODES:
     raise ValueError(f"W&B mode: must be one of {', '.join(MODES)}, not {mode!r}")
-  path = workdir / "metrics.jsonl"
+  path = workdir / METRICS
   write_atomically(path, "" if resume_step is None else _records_until(path, resume_step))
   file = path.open("a", encoding="utf-8")
   run = None if mode == "disabled" else _start_wandb(workdir, config, mode, resumed=resume_step is not None)

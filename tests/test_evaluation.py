@@ -287,7 +287,7 @@ def test_compare_tunes_as_brute_force_does_on_seeds_that_are_not_reported(family
     assert not set(tuning_runs) & set(reported_runs)
     rates = m.tuning.learning_rates
     expected = [np.mean([capped(reference(*run, rate, T)) for run in tuning_runs]) for rate in rates]
-    np.testing.assert_allclose(m.tuning.losses_at, expected, rtol=2e-3)
+    np.testing.assert_allclose(m.tuning.losses, expected, rtol=2e-3)
     assert m.tuning.best == rates[np.argmin(expected)]
     assert m.tuning.interior == (0 < np.argmin(expected) < len(rates) - 1)
     curves = [capped(reference(*run, m.tuning.best, T)) for run in reported_runs]
@@ -384,7 +384,7 @@ def test_resamples_repeat_the_measures_on_other_seeds(family, compared):
     seen = set(zip(resamples.speed_up[:, i].round(3), resamples.relative_loss[:, i].round(3), strict=True))
     assert 1 < len(seen) <= 27 or (name == "fast" and 1 <= len(seen) <= 27)
     for speed_up, relative in seen:
-      distance = [abs(speed_up - a) / a + abs(relative - b) / max(b, 0.01) for a, b in possible]
+      distance = [abs(speed_up - a) / max(a, 0.05) + abs(relative - b) / max(b, 0.01) for a, b in possible]
       assert min(distance) < 0.1  # float32 against float64, after hundreds of steps
 
 
@@ -546,7 +546,7 @@ def test_metrics_of_the_periodic_evaluation_equal_the_closed_form_and_compile_on
     validation = capped(curves[:, T] + 1)
     assert set(result) == {"mean_loss", "final_loss", "validation_loss", "diverged"}
     assert result["mean_loss"] == pytest.approx(capped(curves[:, :T]).mean(), rel=1e-3)
-    assert result["final_loss"] == pytest.approx(capped(curves[:, T - 2 : T]).mean(), rel=1e-3, abs=1e-7)
+    assert result["final_loss"] == pytest.approx(capped(curves[:, T]).mean(), rel=1e-3, abs=1e-7)
     assert result["validation_loss"] == pytest.approx(validation.mean(), rel=1e-3)
     assert result["diverged"] == np.mean((curves >= CAP).any(axis=1) | (validation >= CAP))
     assert (result["diverged"] > 0) == (rate == 3.0)

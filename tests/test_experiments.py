@@ -49,6 +49,7 @@ def test_a_run_leaves_what_it_promises(finished):
   )
   assert json.loads((workdir / "comparison.json").read_text())["optimizers"]["learned"]["learned"]
   assert (workdir / "comparison.png").read_bytes().startswith(b"\x89PNG")
+  assert (workdir / "training.png").read_bytes().startswith(b"\x89PNG")
   theta = lopt.load(workdir).theta
   stored = safetensors.numpy.load_file(workdir / "optimizer.safetensors")
   np.testing.assert_array_equal(theta["layer_0"]["w"], stored["layer_0/w"])

@@ -295,3 +295,23 @@ def test_a_folder_that_cannot_be_written_is_named(comparison, tmp_path):
   for write in (report.plot, report.write_json):
     with pytest.raises(OSError, match="file"):
       write(comparison, tmp_path / "file" / "out")
+
+
+def test_meta_training_curves_show_every_family_and_their_mean():
+  records = [{"step": 0, "evaluation/mean_loss": 1.0, "evaluation/mean_loss/a": 1.0, "evaluation/mean_loss/b": 1.0}]
+  records += [
+    {"step": 10 * i, "meta_loss": 1 / i, "meta_loss/a": 0.5 / i, "meta_loss/b": 1.5 / i} for i in range(1, 41)
+  ]
+  records += [
+    {"step": 400, "evaluation/mean_loss": 0.5, "evaluation/mean_loss/a": 0.25, "evaluation/mean_loss/b": None}
+  ]
+  training, periodic = report.meta_training_curves(records).axes
+  lines = {str(line.get_label()): np.asarray(line.get_xydata()).T for line in periodic.lines}
+  assert list(lines) == ["a", "b", "all"]
+  np.testing.assert_array_equal(lines["a"][0], [0, 400])
+  np.testing.assert_array_equal(lines["all"][1], [1.0, 0.5])
+  np.testing.assert_array_equal(lines["b"][1], [1.0, math.nan])
+  assert [len(np.asarray(line.get_xydata())) for line in training.lines] == [40, 40, 40]
+  smoothed = np.asarray(training.lines[2].get_xydata())[:, 1]  # over a tenth of the steps so far, at most 5% of all
+  assert smoothed[0] == 1.0
+  assert smoothed[39] == pytest.approx((1 / 39 + 1 / 40) / 2)

@@ -34,7 +34,8 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config = digits.get_config(choices)  # as there, but for:
   families = {name: {**section, "weight": WEIGHTS[name]} for name, section in FAMILIES.items()}
   config.task = ml_collections.ConfigDict({"name": "mixture", "families": families})
-  config.estimator.num_pairs = 16  # of each family
+  if "num_pairs" in config.estimator:
+    config.estimator.num_pairs = 16  # of each family
   config.periodic_evaluation.num_tasks = 4
   config.evaluation.num_tasks = 4
   return config

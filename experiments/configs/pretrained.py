@@ -22,7 +22,7 @@ ARCHITECTURES = {
   "adafactor_mlp": {"step_multiplier": 1e-2, "gradient_scale": 1e3, "safeguards": SAFEGUARDS},
   "lstm": {"safeguards": SAFEGUARDS},
 }
-OUTER_STEPS = {"mlp": 4_500, "adafactor_mlp": 7_000, "lstm": 800}
+OUTER_STEPS = {"mlp": 4_500, "adafactor_mlp": 7_000, "lstm": 700}
 
 
 def get_config(choices: str = "") -> ml_collections.ConfigDict:
@@ -34,6 +34,7 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.num_outer_steps = OUTER_STEPS[name]
   config.horizon.maximum = 1_000
   config.loss_cap = 2.0
-  config.estimator.sigma = 0.01
+  if "sigma" in config.estimator:
+    config.estimator.sigma = 0.01
   config.outer_optimizer.learning_rate = 3e-3
   return config
