@@ -77,7 +77,7 @@ def summary_plot(suites: Suites) -> Figure:
   colors = [*report.learned_colors(first), (REFERENCE, "#0072B2")]
   others = [name for name in first.baselines if name not in (REFERENCE, UNTUNED)]
   if len(others) <= 2:  # more would hide what matters; the tables have them
-    colors += zip(others, ("#56B4E9", "#999999"), strict=False)
+    colors += zip(others, ("#009E73", "#56B4E9"), strict=False)
   for k, (name, color) in enumerate(colors):
     for i, comparisons in enumerate(rows.values()):
       y = i + 0.7 * ((k + 0.5) / len(colors) - 0.5)

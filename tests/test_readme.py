@@ -6,25 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-
-from lopt import trained
-from lopt.architectures import mlp
-
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 
 
 def test_the_training_loop_runs(tmp_path):
-  """With an optimizer that has not been trained in the place of the one that `make meta-train` leaves."""
   [code] = re.findall(r"```python\n(.*?)```", README, re.S)
-  config = {"architecture": {"name": "mlp"}}
-  path = tmp_path / "runs" / "digits" / trained.FILENAME
-  trained.export(path, mlp.build().init(jax.random.key(0)), config, outer_steps=0)
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
   result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
   assert result.returncode == 0, result.stderr
-  assert re.fullmatch(r"training loss after 200 steps: \d+\.\d{3}\n", result.stdout)
+  [loss] = re.fullmatch(r"training loss after 200 steps: (\d+\.\d{3})\n", result.stdout).groups()
+  assert float(loss) < 0.3
 
 
 def test_files_and_targets_that_are_named_exist():

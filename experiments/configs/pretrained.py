@@ -20,9 +20,9 @@ SAFEGUARDS = {"relative_floor": 1e-3, "base_steps": 1_000}
 ARCHITECTURES = {
   "mlp": {"step_multiplier": 1e-2, "safeguards": SAFEGUARDS},
   "adafactor_mlp": {"step_multiplier": 1e-2, "gradient_scale": 1e3, "safeguards": SAFEGUARDS},
-  "lstm": {"safeguards": SAFEGUARDS},
+  "lstm": {"step_multiplier": 3e-2, "safeguards": SAFEGUARDS},
 }
-OUTER_STEPS = {"mlp": 4_500, "adafactor_mlp": 7_000, "lstm": 700}
+OUTER_STEPS = {"mlp": 4_500, "adafactor_mlp": 7_000, "lstm": 500}
 
 
 def get_config(choices: str = "") -> ml_collections.ConfigDict:

@@ -1,0 +1,195 @@
+"""The optimizers that come with lopt in all the places where one uses an Optax optimizer."""
+
+import importlib.util
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+import lopt
+from lopt import trained
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("adafactor_mlp", "lstm", "mlp")
+X = jnp.stack([jnp.linspace(-1.0, 1.0, 16) ** i for i in range(4)], axis=1)
+Y = jnp.sin(3 * X[:, 1])
+STEPS = 12
+
+
+def test_these_come_with_lopt():
+  assert tuple(trained.pretrained()) == NAMES
+  for name in NAMES:
+    assert lopt.load(name).config["estimator"]["name"] == "pes"
+    assert (ROOT / "lopt" / "pretrained" / f"{name}.safetensors").stat().st_size < 100_000
+  with pytest.raises(trained.LoadError, match=re.escape("comes with lopt: adafactor_mlp, lstm, mlp")):
+    lopt.load("mpl")
+
+
+@pytest.fixture(params=NAMES)
+def tx(request) -> Any:
+  return lopt.load(request.param)(num_steps=STEPS)
+
+
+def start(seed=0, dtype=jnp.float32):
+  key = jax.random.key(seed)
+  return {"w": jax.random.normal(key, (4, 3), dtype), "v": jnp.ones((3, 1), dtype), "b": jnp.zeros((), dtype)}
+
+
+def loss_of(params, x=X, y=Y):
+  x = x.astype(params["w"].dtype)
+  return jnp.mean(jnp.square((jnp.tanh(x @ params["w"]) @ params["v"])[:, 0] + params["b"] - y)).astype(jnp.float32)
+
+
+def step(tx, params, state, x=X, y=Y) -> Any:
+  loss, gradients = jax.value_and_grad(loss_of)(params, x, y)
+  updates, state = tx.update(gradients, state, params, value=loss)
+  return optax.apply_updates(params, updates), state
+
+
+def train(tx, params, steps=STEPS):
+  """A plain loop, compiled step by step."""
+  state, compiled = tx.init(params), jax.jit(partial(step, tx))
+  for _ in range(steps):
+    params, state = compiled(params, state)
+  return params, state
+
+
+def close(a, b, rtol=1e-4):
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=1e-6), a, b)
+
+
+def test_scan_and_vmap(tx):
+  """Two models in one compiled program are those of two loops."""
+
+  @jax.jit
+  @jax.vmap
+  def run(params):
+    carry = (params, tx.init(params))
+    return jax.lax.scan(lambda carry, _: (step(tx, *carry), None), carry, length=STEPS)[0][0]
+
+  both = run(jax.tree.map(lambda *x: jnp.stack(x), start(0), start(1)))
+  for i in range(2):
+    expected, _ = train(tx, start(i))
+    close(jax.tree.map(lambda x, i=i: x[i], both), expected)
+    assert loss_of(expected) < loss_of(start(i))
+
+
+@pytest.mark.parametrize("how", ["pmap", "shard_map"])
+def test_data_parallel(tx, how):
+  """Eight devices with an eighth of the batch each are one with all of it."""
+
+  def parallel_step(params, state, x, y):
+    mean: Any = jax.lax.pmean(jax.value_and_grad(loss_of)(params, x, y), "devices")
+    loss, gradients = mean
+    updates, state = tx.update(gradients, state, params, value=loss)
+    return optax.apply_updates(params, updates), state
+
+  params, devices = start(), jax.local_devices()
+  expected, _ = train(tx, params, 3)
+  state = tx.init(params)
+  if how == "pmap":
+    compiled = jax.pmap(parallel_step, "devices")
+    params, state = jax.tree.map(lambda x: jnp.stack([x] * len(devices)), (params, state))
+    x, y = X.reshape(len(devices), -1, 4), Y.reshape(len(devices), -1)
+  else:
+    everywhere, divided = PartitionSpec(), PartitionSpec("devices")
+    mesh = Mesh(np.array(devices), ("devices",))
+    specs = (everywhere, everywhere, divided, divided)
+    # Unchecked, or else the gradients of replicated parameters would be sums over devices already.
+    mapped = jax.shard_map(parallel_step, mesh=mesh, in_specs=specs, out_specs=everywhere, check_vma=False)
+    compiled = jax.jit(mapped)
+    x, y = X, Y
+  for _ in range(3):
+    params, state = compiled(params, state, x, y)
+  close(jax.tree.map(lambda x: x[0], params) if how == "pmap" else params, expected)
+
+
+def test_chain_and_multi_steps(tx):
+  """Two halves of a batch accumulated are one step with all of it."""
+  params = start()
+  chain = optax.chain(optax.clip_by_global_norm(0.5), tx, optax.add_decayed_weights(-0.1))
+  whole, _ = step(chain, params, chain.init(params))
+  halves: Any = optax.MultiSteps(chain, 2)
+  state = halves.init(params)
+  accumulated, state = step(halves, params, state, X[:8], Y[:8])
+  close(accumulated, params)
+  accumulated, state = step(halves, accumulated, state, X[8:], Y[8:])
+  close(accumulated, whole)
+  assert loss_of(whole) != loss_of(params)
+
+
+def test_mixed_precision(tx):
+  """bfloat16 parameters have bfloat16 updates, those of the float32 computation; the state is float32."""
+  params = start(dtype=jnp.bfloat16)
+  state = tx.init(params)
+  assert all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(state))
+  gradients = jax.grad(loss_of)(params)
+  updates, after = tx.update(gradients, state, params, value=jnp.float32(1.0))
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+  gradients, params = (optax.tree.cast(x, jnp.float32) for x in (gradients, params))
+  expected, _ = tx.update(gradients, state, params, value=jnp.float32(1.0))
+  assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(updates))
+  close(optax.tree.cast(updates, jnp.float32), expected, rtol=1e-2)
+
+
+def test_orbax_saves_the_state(tx, tmp_path):
+  params, state = train(tx, start(), 3)
+  with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "state", (params, state))
+    checkpointer.wait_until_finished()
+    like = jax.tree.map(jnp.zeros_like, (params, state))
+    restored = checkpointer.restore(tmp_path / "state", like)
+  jax.tree.map(np.testing.assert_array_equal, step(tx, *restored), step(tx, params, state))
+
+
+def test_equinox(tx):
+  model = eqx.nn.MLP(4, "scalar", 8, 1, key=jax.random.key(0))
+
+  @eqx.filter_value_and_grad
+  def loss_of(model):
+    return jnp.mean(jnp.square(jax.vmap(model)(X) - Y))
+
+  @eqx.filter_jit
+  def step(model, state):
+    loss, gradients = loss_of(model)
+    updates, state = tx.update(gradients, state, eqx.filter(model, eqx.is_array), value=loss)
+    return eqx.apply_updates(model, updates), state, loss
+
+  state, losses = tx.init(eqx.filter(model, eqx.is_array)), []
+  for _ in range(STEPS):
+    model, state, loss = step(model, state)
+    losses.append(loss)
+  assert losses[-1] < losses[0]
+
+
+def example(name) -> Any:
+  spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / "examples" / f"{name}.py")
+  assert spec is not None
+  assert spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.mark.parametrize("name", ["haiku_loop", "flax_loop"])
+def test_training_loops(name):
+  losses = list(example(name).train("mlp", 60))
+  assert np.mean(losses[-5:]) < 0.5 * losses[0]
+
+
+def test_fine_tuning(tmp_path):
+  path = tmp_path / "mine.safetensors"
+  before, after = example("fine_tune").fine_tune("adafactor_mlp", path, 20)
+  assert np.isfinite([before, after]).all()
+  mine, theirs = lopt.load(path), lopt.load("adafactor_mlp")
+  assert mine.config == theirs.config
+  assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (mine.theta, theirs.theta)), strict=True))
