@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import lopt
-from lopt import trained
+from lopt import configuration, trained
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("adafactor_mlp", "lstm", "mlp")
@@ -32,6 +32,15 @@ def test_these_come_with_lopt():
     assert (ROOT / "lopt" / "pretrained" / f"{name}.safetensors").stat().st_size < 100_000
   with pytest.raises(trained.LoadError, match=re.escape("comes with lopt: adafactor_mlp, lstm, mlp")):
     lopt.load("mpl")
+
+
+def test_their_configurations_are_those_of_the_command_that_trains_them_again():
+  pretrained = configuration.load(ROOT / "experiments" / "configs" / "pretrained.py")
+  for name in NAMES:
+    there, here = lopt.load(name).config, configuration.plain(pretrained.get_config(f"architecture={name}"))
+    there.pop("periodic_evaluation")  # which changes nothing
+    here.pop("periodic_evaluation")
+    assert configuration.difference(there, here) == []
 
 
 @pytest.fixture(params=NAMES)
