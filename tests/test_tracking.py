@@ -102,7 +102,7 @@ def test_without_credentials_the_run_is_offline_and_silent(tmp_path, capfd):
   runs = sorted(path.name for path in (workdir / "wandb").glob("offline-run-*"))
   assert len(runs) in (1, 2)  # two, unless both started within the same second
   run_id = (workdir / "wandb_run_id").read_text()
-  assert {name.rpartition("-")[2] for name in runs} == {run_id}
+  assert all(run_id in name.split("-") for name in runs), runs  # W&B may number those of one second
   assert list((workdir / "wandb").glob("*/files/media/images/curve*.png"))
   assert capfd.readouterr() == ("", "")
 

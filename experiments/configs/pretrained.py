@@ -2,10 +2,10 @@
 
     make reproduce-pretrained NAME=mlp
 
-By PES on the mixture of `mixture.py`: small classifiers of digits (wide, deep, with noisy labels and little data,
-reparametrised) and closed-form surfaces. Episodes are of 50 to 1,000 steps; steps of the optimizers are relative to
-the parameters, and shrink to zero along half a cosine over the run, so that neither scale nor length is tied to what
-was seen here.
+which is `meta_train.py --config=experiments/configs/pretrained.py:architecture=mlp`: by PES on the mixture of
+`mixture.py`, small classifiers of digits (wide, deep, with noisy labels and little data, reparametrised) and
+closed-form surfaces. Episodes are of 50 to 1,000 steps; steps of the optimizers are relative to the parameters, and
+shrink to zero along half a cosine over the run, so that neither scale nor length is tied to what was seen here.
 """
 
 import pathlib
