@@ -91,6 +91,7 @@ def build(
   trainable: tuple[str, ...] = (),
   precision: inner_training.Precision = "float32",
   loss_cap: float | None = None,
+  log_floor: float | None = None,
 ) -> Experiment:
   """Makes of a configuration all that it names, so that whatever is wrong with it shows before any work starts."""
   checks.counts(num_outer_steps=num_outer_steps, log_every=log_every)
@@ -124,7 +125,13 @@ def build(
 
   def gradients_of(family: base.TaskFamily) -> base.GradientEstimator:
     problem = inner_training.build(
-      family, optimizer, horizon=horizons, meta_loss=meta_loss, precision=precision, loss_cap=loss_cap
+      family,
+      optimizer,
+      horizon=horizons,
+      meta_loss=meta_loss,
+      precision=precision,
+      loss_cap=loss_cap,
+      log_floor=log_floor,
     )
     problem = final_loss.wrap(problem) if objective == "final_loss" else problem
     return configuration.build("outer", estimator, problem, where="config.estimator")

@@ -33,6 +33,7 @@ def build(
   meta_loss: Split = "train",
   precision: Precision = "float32",
   loss_cap: float | None = None,
+  log_floor: float | None = None,
 ) -> base.UnrolledProblem:
   """Trains a freshly drawn task of the family in every episode.
 
@@ -51,15 +52,24 @@ def build(
     precision: Of the matrix products of the family's networks; see `in_precision`.
     loss_cap: Larger losses count as this much and as diverged, if it is below the family's own cap. The lower, the
       less noise of runs that diverge is in gradients.
+    log_floor: f, for the meta-loss log(1 + L_t / f) / log(1 + 1 / f) instead of L_t, still 1 for a task of which
+      nothing is known: a tenth of the loss is then worth about the same anywhere above f.
 
   Raises:
-    ValueError: For another `meta_loss` or `precision`, or a `loss_cap` that is not a number.
+    ValueError: For another `meta_loss` or `precision`, a `loss_cap` that is not a number, or a `log_floor` that is
+      not above 0 and finite.
   """
   if meta_loss not in get_args(Split):
     raise ValueError(f"meta_loss: must be one of {', '.join(get_args(Split))}, not {meta_loss!r}")
   if loss_cap is not None and math.isnan(loss_cap):
     raise ValueError("loss_cap: must be a number")
+  if log_floor is not None:
+    checks.require(0 < log_floor < math.inf, "log_floor", log_floor, "above 0 and finite")
   family = in_precision(family, precision)
+  cap = min(family.loss_cap, math.inf if loss_cap is None else loss_cap)
+
+  def scale(loss: base.Scalar) -> base.Scalar:
+    return loss if log_floor is None else jnp.log1p(jnp.maximum(loss, 0.0) / log_floor) / math.log1p(1 / log_floor)
 
   def init(key: base.PRNGKey, num_steps: base.Horizon) -> InnerState:
     task_key, params_key, theta_key = jax.random.split(key, 3)
@@ -83,10 +93,10 @@ def build(
       batch_key, loss_key = jax.random.split(validation_key)
       batch = family.batch(batch_key, state.task_params, "validation")
       loss, _ = family.loss(params, loss_key, batch, state.task_params)
-    normalized = family.normalize(loss, state.task_params)
+    normalized = scale(family.normalize(loss, state.task_params))
     return state._replace(params=params, optimizer_state=optimizer_state), normalized
 
-  return base.UnrolledProblem(horizon, init, step, min(family.loss_cap, math.inf if loss_cap is None else loss_cap))
+  return base.UnrolledProblem(horizon, init, step, float(scale(jnp.asarray(cap))))
 
 
 def in_precision(family: base.TaskFamily, precision: Precision) -> base.TaskFamily:

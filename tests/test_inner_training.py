@@ -78,6 +78,25 @@ def test_a_lower_cap_replaces_the_familys(loss_cap, expected):
   assert problem.loss_cap == expected
 
 
+def test_logarithmic_meta_loss():
+  floor, theta = 0.01, jnp.float32(0.3)
+  plain, logarithmic = (
+    inner_training.build(family(), sgd(), horizon=lambda key: jnp.int32(7), log_floor=f) for f in (None, floor)
+  )
+  states = [problem.init(jax.random.key(0), jnp.int32(7)) for problem in (plain, logarithmic)]
+  for t in range(7):
+    (states[0], loss), (states[1], logarithm) = (
+      problem.step(theta, state, jax.random.key(t))
+      for problem, state in zip((plain, logarithmic), states, strict=True)
+    )
+    expected = np.log(1 + max(np.float64(loss), 0) / floor) / np.log(1 + 1 / floor)
+    np.testing.assert_allclose(logarithm, expected, rtol=1e-5)
+    np.testing.assert_array_equal(states[0].params, states[1].params)
+  np.testing.assert_allclose(logarithmic.loss_cap, np.log(1 + 123 / floor) / np.log(1 + 1 / floor), rtol=1e-6)
+  with pytest.raises(ValueError, match=r"^log_floor=0.0: must be above 0"):
+    inner_training.build(family(), sgd(), horizon=lambda key: jnp.int32(7), log_floor=0.0)
+
+
 def test_an_optimizer_state_that_depends_on_theta_shows():
   """An episode outlives θ, so a state initialised from θ's values would be stale; it is NaN instead."""
 
