@@ -34,9 +34,7 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.meta_loss = "train"  # what the optimizer is to make small: the loss on 'train' or 'validation' batches
   config.objective = "mean_loss"  # of all inner steps, or 'final_loss'
   config.loss_cap = config_dict.placeholder(float)  # larger losses count as this in meta-training; None: the task's
-  config.log_floor = config_dict.placeholder(
-    float
-  )  # in the meta-loss log(1 + L / floor) / log(1 + 1 / floor); None: L
+  config.log_floor = config_dict.placeholder(float)  # f of the meta-loss log(1 + L / f) / log(1 + 1 / f); None: L
   config.precision = "float32"  # of the inner networks' matrix products; 'bfloat16' is for accelerators
 
   config.horizon = ml_collections.ConfigDict()  # inner steps of an episode, drawn log-uniformly for each
