@@ -126,12 +126,12 @@ def test_chain_and_multi_steps(tx):
   """Two halves of a batch accumulated are one step with all of it."""
   params = start()
   chain = optax.chain(optax.clip_by_global_norm(0.5), tx, optax.add_decayed_weights(-0.1))
-  whole, _ = step(chain, params, chain.init(params))
+  whole, _ = jax.jit(partial(step, chain))(params, chain.init(params))
   halves: Any = optax.MultiSteps(chain, 2)
-  state = halves.init(params)
-  accumulated, state = step(halves, params, state, X[:8], Y[:8])
+  compiled = jax.jit(partial(step, halves))
+  accumulated, state = compiled(params, halves.init(params), X[:8], Y[:8])
   close(accumulated, params)
-  accumulated, state = step(halves, accumulated, state, X[8:], Y[8:])
+  accumulated, state = compiled(accumulated, state, X[8:], Y[8:])
   close(accumulated, whole)
   assert loss_of(whole) != loss_of(params)
 
@@ -142,10 +142,11 @@ def test_mixed_precision(tx):
   state = tx.init(params)
   assert all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(state))
   gradients = jax.grad(loss_of)(params)
-  updates, after = tx.update(gradients, state, params, value=jnp.float32(1.0))
+  update = jax.jit(tx.update)
+  updates, after = update(gradients, state, params, value=jnp.float32(1.0))
   assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
   gradients, params = (optax.tree.cast(x, jnp.float32) for x in (gradients, params))
-  expected, _ = tx.update(gradients, state, params, value=jnp.float32(1.0))
+  expected, _ = update(gradients, state, params, value=jnp.float32(1.0))
   assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(updates))
   close(optax.tree.cast(updates, jnp.float32), expected, rtol=1e-2)
 
@@ -157,7 +158,8 @@ def test_orbax_saves_the_state(tx, tmp_path):
     checkpointer.wait_until_finished()
     like = jax.tree.map(jnp.zeros_like, (params, state))
     restored = checkpointer.restore(tmp_path / "state", like)
-  jax.tree.map(np.testing.assert_array_equal, step(tx, *restored), step(tx, params, state))
+  compiled = jax.jit(partial(step, tx))
+  jax.tree.map(np.testing.assert_array_equal, compiled(*restored), compiled(params, state))
 
 
 def test_equinox(tx):
