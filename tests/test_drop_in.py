@@ -199,8 +199,8 @@ def test_training_loops(name):
 
 def test_fine_tuning(tmp_path):
   path = tmp_path / "mine.safetensors"
-  before, after = example("fine_tune").fine_tune("adafactor_mlp", path, 20)
+  before, after = example("fine_tune").fine_tune("mlp", path, 20)
   assert np.isfinite([before, after]).all()
-  mine, theirs = lopt.load(path), lopt.load("adafactor_mlp")
+  mine, theirs = lopt.load(path), lopt.load("mlp")
   assert mine.config == theirs.config
   assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (mine.theta, theirs.theta)), strict=True))
