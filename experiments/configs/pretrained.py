@@ -22,7 +22,7 @@ ARCHITECTURES = {
   "adafactor_mlp": {"step_multiplier": 1e-2, "gradient_scale": 1e3, "safeguards": SAFEGUARDS},
   "lstm": {"step_multiplier": 3e-2, "safeguards": SAFEGUARDS},
 }
-OUTER_STEPS = {"mlp": 4_500, "adafactor_mlp": 7_000, "lstm": 500}
+OUTER_STEPS = {"mlp": 4_500, "adafactor_mlp": 12_000, "lstm": 500}
 
 
 def get_config(choices: str = "") -> ml_collections.ConfigDict:
@@ -33,7 +33,7 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.architecture = configuration.choose(f"architecture={name}", architecture=ARCHITECTURES).architecture
   config.num_outer_steps = OUTER_STEPS[name]
   config.horizon.maximum = 1_000
-  config.loss_cap = 2.0
+  config.loss_cap, config.log_floor = (10.0, 0.01) if name == "adafactor_mlp" else (2.0, None)
   if "sigma" in config.estimator:
     config.estimator.sigma = 0.01
   config.outer_optimizer.learning_rate = 3e-3
