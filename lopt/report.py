@@ -235,16 +235,17 @@ def training_curves(comparison: Comparison, loss_label: str = LOSS) -> Figure:
 
 
 def meta_training_curves(records: Sequence[Mapping[str, float | int | None]]) -> Figure:
-  """The mean loss while meta-training: in the episodes as they go, and on the periodic evaluation's tasks.
+  """While meta-training: the meta-loss of the episodes as they go, the mean loss on the periodic evaluation's tasks.
 
   Args:
     records: Of the metrics, as in metrics.jsonl; each has its outer `step`. Of a mixture each family is drawn too.
   """
   figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-  for axes, prefix, title in zip(
+  for axes, prefix, title, quantity in zip(
     figure.subplots(1, 2),
     ("meta_loss", "evaluation/mean_loss"),
     ("meta-training episodes", "periodic evaluation"),
+    ("meta-loss", "mean loss"),
     strict=True,
   ):
     there = [record for record in records if prefix in record]
@@ -259,7 +260,7 @@ def meta_training_curves(records: Sequence[Mapping[str, float | int | None]]) ->
       axes.plot(steps, values, color=color, linewidth=1.8 if name == prefix else 1.0, label=label)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("outer step")
-    axes.set_ylabel("mean loss")
+    axes.set_ylabel(quantity)
     axes.set_yscale("log")
     axes.spines[["top", "right"]].set_visible(False)
   handles, labels = figure.axes[-1].get_legend_handles_labels()
