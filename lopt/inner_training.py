@@ -68,6 +68,9 @@ def build(
   family = in_precision(family, precision)
   cap = min(family.loss_cap, math.inf if loss_cap is None else loss_cap)
 
+  if log_floor is not None:
+    cap = math.log1p(max(cap, 0.0) / log_floor) / math.log1p(1 / log_floor)
+
   def scale(loss: base.Scalar) -> base.Scalar:
     return loss if log_floor is None else jnp.log1p(jnp.maximum(loss, 0.0) / log_floor) / math.log1p(1 / log_floor)
 
@@ -96,7 +99,7 @@ def build(
     normalized = scale(family.normalize(loss, state.task_params))
     return state._replace(params=params, optimizer_state=optimizer_state), normalized
 
-  return base.UnrolledProblem(horizon, init, step, float(scale(jnp.asarray(cap))))
+  return base.UnrolledProblem(horizon, init, step, cap)
 
 
 def in_precision(family: base.TaskFamily, precision: Precision) -> base.TaskFamily:
