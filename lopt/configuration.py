@@ -35,8 +35,9 @@ from ml_collections import config_dict, config_flags
 PACKAGES = {"architecture": "architectures", "task": "tasks", "estimator": "outer"}
 """Where the module that a section of a configuration names is found: lopt/<package>/<name>.py."""
 
-WRAPPERS = {"architectures": "safeguards", "tasks": "augmentation"}
-"""Sections within those of a package, and the modules lopt/<package>/<name>.py whose `wrap` they are options of."""
+WRAPPERS = {"architectures": ("step_sizes", "safeguards"), "tasks": ("augmentation",)}
+"""Sections within those of a package, the innermost first, and the modules lopt/<package>/<name>.py whose `wrap` they
+are options of."""
 
 MIXTURE = "mixture"
 """The name of a task section that has several families."""
@@ -126,15 +127,16 @@ def build(package: str, section: Mapping[str, Any] | ml_collections.ConfigDict, 
   name = options.pop("name", None)
   if not isinstance(name, str):
     raise ConfigError(f"{where}.name: {name!r} names no module; there are: {', '.join(choices(package))}")
-  wrapper = WRAPPERS.get(package, "")
-  wrapping = options.pop(wrapper, None)
+  wrappings = {wrapper: options.pop(wrapper, None) for wrapper in WRAPPERS.get(package, ())}
   chosen = module(package, name, where=f"{where}.name")
   built = call(chosen.build, options, *args, where=where)
-  if not wrapping:
-    return built
-  if not isinstance(wrapping, Mapping):
-    raise ConfigError(f"{where}.{wrapper}: {wrapping!r} is not a section of options")
-  return call(_wrap(package), wrapping, built, where=f"{where}.{wrapper}")
+  for wrapper, wrapping in wrappings.items():
+    if not wrapping:
+      continue
+    if not isinstance(wrapping, Mapping):
+      raise ConfigError(f"{where}.{wrapper}: {wrapping!r} is not a section of options")
+    built = call(_wrap(package, wrapper), wrapping, built, where=f"{where}.{wrapper}")
+  return built
 
 
 def task_families(section: Mapping[str, Any], *, where: str) -> dict[str, tuple[Any, float]]:
@@ -191,11 +193,11 @@ def choose(picks: str, **sections: Mapping[str, Mapping[str, Any]]) -> ml_collec
   for section, name in names.items():
     package = PACKAGES[section]
     values = dict(sections[section].get(name, {}))
-    wrapping = values.pop(WRAPPERS.get(package, ""), None)
+    wrappings = {wrapper: values.pop(wrapper) for wrapper in WRAPPERS.get(package, ()) if wrapper in values}
     function = module(package, name, where=f"{section}={name}").build
     config[section] = {"name": name, **_fields(function, values, section)}
-    if wrapping is not None:
-      config[section][WRAPPERS[package]] = _fields(_wrap(package), wrapping, f"{section}.{WRAPPERS[package]}")
+    for wrapper, wrapping in wrappings.items():
+      config[section][wrapper] = _fields(_wrap(package, wrapper), wrapping, f"{section}.{wrapper}")
   return ml_collections.ConfigDict(config)
 
 
@@ -208,8 +210,8 @@ def _fields(function: Callable[..., Any], values: Mapping[str, Any], where: str)
   }
 
 
-def _wrap(package: str) -> Callable[..., Any]:
-  return importlib.import_module(f"lopt.{package}.{WRAPPERS[package]}").wrap
+def _wrap(package: str, wrapper: str) -> Callable[..., Any]:
+  return importlib.import_module(f"lopt.{package}.{wrapper}").wrap
 
 
 def load(path: str | Path) -> types.ModuleType:

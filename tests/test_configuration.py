@@ -224,7 +224,8 @@ def test_config_files_are_complete_and_fit_their_modules(path):
       assert options["families"]
       continue
     function = configuration.module(package, options.pop("name"), where=section).build
-    options.pop(configuration.WRAPPERS.get(package, ""), None)
+    for wrapper in configuration.WRAPPERS.get(package, ()):
+      options.pop(wrapper, None)
     assert options.keys() == configuration.defaults(function).keys()
   assert f"--config=experiments/configs/{path.name}" in (configuration.load(path).__doc__ or "")
 

@@ -33,6 +33,7 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.num_outer_steps = 1_600  # updates of θ
   config.meta_loss = "train"  # what the optimizer is to make small: the loss on 'train' or 'validation' batches
   config.objective = "mean_loss"  # of all inner steps, or 'final_loss'
+  config.late_power = 0.0  # q of the weights (q + 1) (t/T)^q of the losses; 0: all alike
   config.loss_cap = config_dict.placeholder(float)  # larger losses count as this in meta-training; None: the task's
   config.log_floor = config_dict.placeholder(float)  # f of the meta-loss log(1 + L / f) / log(1 + 1 / f); None: L
   config.precision = "float32"  # of the inner networks' matrix products; 'bfloat16' is for accelerators

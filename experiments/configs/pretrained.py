@@ -17,11 +17,11 @@ from lopt import configuration
 
 mixture = configuration.load(pathlib.Path(__file__).with_name("mixture.py"))
 
-SAFEGUARDS = {"relative_floor": 1e-3, "base_steps": 1_000}
+STEP_SIZES = {"relative_floor": 1e-3, "hidden_size": 8, "base_steps": 1_000}
 ARCHITECTURES = {
-  "mlp": {"step_multiplier": 1e-2, "safeguards": SAFEGUARDS},
-  "adafactor_mlp": {"step_multiplier": 1e-2, "gradient_scale": 1e3, "safeguards": SAFEGUARDS},
-  "lstm": {"step_multiplier": 3e-2, "safeguards": SAFEGUARDS},
+  "mlp": {"step_multiplier": 1e-2, "step_sizes": STEP_SIZES},
+  "adafactor_mlp": {"step_multiplier": 1e-2, "gradient_scale": 1e3, "step_sizes": STEP_SIZES},
+  "lstm": {"step_multiplier": 3e-2, "step_sizes": STEP_SIZES},
 }
 OUTER_STEPS = {"mlp": 3_600, "adafactor_mlp": 12_000, "lstm": 500}
 

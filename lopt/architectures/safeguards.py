@@ -1,4 +1,4 @@
-"""Safeguards for learned optimizers: what sizes and bounds steps, decays weights, mixes in Adam.
+"""Safeguards for learned optimizers: what bounds steps and scales them with width, decays weights, mixes in Adam.
 
 Each is an Optax transformation of updates, which composes with others under `optax.chain`, and `wrap` puts those that
 are chosen around any architecture. None of them repairs an update that is not finite: what comes out is not finite
@@ -25,11 +25,9 @@ class MixState(NamedTuple):
 def wrap(
   optimizer: base.LearnedOptimizer,
   *,
-  relative_floor: float | None = None,
   adam_mix: float | None = None,
   adam_learning_rate: float = 1e-3,
   adam_graft: bool = False,
-  base_steps: int | None = None,
   base_width: int | None = None,
   width_power: float = 1.0,
   input_layers: tuple[str, ...] = (),
@@ -45,12 +43,9 @@ def wrap(
 
   Args:
     optimizer: Any architecture.
-    relative_floor: The least root mean square that a tensor counts as; its learned update is multiplied by its root
-      mean square (`optax.scale_by_param_block_rms`), so that steps are relative to the parameters'.
     adam_mix: Share of Adam in each step, 0 to 1: `mix_with_adam`.
     adam_learning_rate: Adam's.
     adam_graft: Whether each tensor's learned update gets the norm of Adam's before they are mixed.
-    base_steps: Length of runs whose steps begin with their own size, and then shrink to zero: `anneal`.
     base_width: Fan-in at which steps keep their size: `scale_with_width`.
     width_power: The power of the fan-in with which they shrink.
     input_layers: Beginnings of the names of tensors to which that does not apply.
@@ -63,10 +58,6 @@ def wrap(
     ValueError: For a value out of range; the message starts with its name.
   """
   _check_mix(0.0 if adam_mix is None else adam_mix, adam_learning_rate)
-  if base_steps is not None:
-    checks.require(base_steps >= 1, "base_steps", base_steps, "at least 1")
-  if relative_floor is not None:
-    checks.require(0 < relative_floor < math.inf, "relative_floor", relative_floor, "above 0 and finite")
   after = []
   if base_width is not None:
     after.append(scale_with_width(base_width, width_power, input_layers))
@@ -76,33 +67,16 @@ def wrap(
     after.append(limit_global_norm(global_norm))
   if weight_decay is not None:
     after.append(decay_weights(weight_decay))
-  if relative_floor is None and adam_mix is None and base_steps is None and not after:
+  if adam_mix is None and not after:
     return optimizer
 
   def transform(theta, num_steps):
     tx = optimizer.transform(theta, num_steps)
-    if relative_floor is not None:
-      tx = optax.chain(tx, optax.scale_by_param_block_rms(relative_floor))
     if adam_mix is not None:
       tx = mix_with_adam(tx, adam_mix, adam_learning_rate, adam_graft)
-    annealing = [] if base_steps is None else [anneal(num_steps, base_steps)]
-    return optax.chain(tx, *annealing, *after)
+    return optax.chain(tx, *after)
 
   return base.LearnedOptimizer(optimizer.init, transform)
-
-
-def anneal(num_steps: Any, base_steps: int) -> optax.GradientTransformationExtraArgs:
-  """Multiplies the update of step t = 0, 1, … by √(base / T) ½ (1 + cos(π t / T)), and by 0 from T = `num_steps` on.
-
-  The cosine is that of Loshchilov and Hutter 2017 (arXiv:1608.03983), without restarts. The root makes longer runs
-  take smaller steps: the distance that T steps of random direction go is then the same for every T. T may be an
-  array, as in meta-training, which `optax.cosine_decay_schedule` does not take.
-  """
-
-  def factor(count: Any) -> base.Scalar:
-    return 0.5 * jnp.sqrt(base_steps / num_steps) * (1 + jnp.cos(jnp.pi * jnp.minimum(count / num_steps, 1.0)))
-
-  return optax.with_extra_args_support(optax.scale_by_schedule(factor))
 
 
 def limit_global_norm(global_norm: float) -> optax.GradientTransformationExtraArgs:

@@ -167,37 +167,6 @@ def test_wrap_with_everything_off_is_the_optimizer_itself():
   assert safeguards.wrap(optimizer) is optimizer
 
 
-def test_steps_are_relative_to_each_tensor_and_not_below_the_floor():
-  params, gradients = draw(0), draw(1)
-  params["bias"] *= 1e-6
-  tx = safeguards.wrap(sgd(0.5), relative_floor=0.1, adam_mix=0.5, adam_learning_rate=0.01).transform(0.5, 10)
-  updates = apply(tx, gradients, params)
-  for name, g in gradients.items():
-    rms = max(np.sqrt(np.mean(np.square(params[name]))), 0.1)
-    close(updates[name], -0.25 * rms * g - 0.005 * np.sign(g))  # Adam's share is not
-
-
-@pytest.mark.parametrize("num_steps", [1, 4, 100])
-def test_steps_are_annealed_over_the_run(num_steps):
-  """Under jit with a traced length, as in meta-training; runs of 4 steps begin with steps of their own size."""
-  wrapped = safeguards.wrap(sgd(), base_steps=4)
-
-  @jax.jit
-  def sizes(num_steps):
-    tx: Any = wrapped.transform(jnp.float32(1.0), num_steps)
-    g = {"w": jnp.ones(2)}
-
-    def step(state, _):
-      updates, state = tx.update(g, state, g)
-      return state, -updates["w"][0]
-
-    return jax.lax.scan(step, tx.init(g), length=105)[1]
-
-  t = np.arange(105)
-  expected = np.sqrt(4 / num_steps) * np.cos(np.pi / 2 * np.minimum(t / num_steps, 1)) ** 2
-  np.testing.assert_allclose(sizes(num_steps), expected, atol=1e-6)
-
-
 def test_wrap_applies_everything_in_the_order_of_its_arguments():
   """Against the same in NumPy, under jit and vmap over θ."""
   wrapped = safeguards.wrap(
@@ -263,8 +232,6 @@ def test_loss_and_length_of_the_run_reach_the_optimizer():
   [
     {"adam_mix": 1.5},
     {"adam_learning_rate": 0.0},
-    {"relative_floor": 0.0},
-    {"base_steps": 0},
     {"base_width": 0},
     {"width_power": -1.0, "base_width": 1},
     {"trust_ratio": 0.0},
