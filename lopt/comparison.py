@@ -146,6 +146,8 @@ class Summary(NamedTuple):
   speed_up: Interval
   """The interquartile mean over tasks, and its interval for other seeds; likewise the next."""
   relative_loss: Interval
+  median_speed_up: float
+  """The median over tasks."""
   bounds: int
   """The number of tasks on which the speed-up is a lower bound, with which it enters the mean."""
   num_tasks: int
@@ -190,6 +192,7 @@ def summarize(comparisons: Sequence[Comparison], name: str) -> Summary:
   return Summary(
     speed_up=measures.summarize(speed_ups, resampled_speed_ups),
     relative_loss=measures.summarize(relative[there], resampled_relative[:, there]),
+    median_speed_up=float(np.median(speed_ups)),
     bounds=sum(m.speed_up_is_bound for m in own),
     num_tasks=len(own),
     mean_loss=float(np.mean([m.mean_loss for m in own])),

@@ -295,7 +295,7 @@ def _summary_rows(c: Comparison) -> list[list[str]]:
 def summary_header(comparisons: Sequence[Comparison]) -> list[str]:
   """The columns of `summary_row`."""
   timed = all(c.seconds_per_step for c in comparisons)
-  columns = ["optimizer", "speed-up", "final loss ÷ Adam's", "training loss", "final training loss", "test loss"]
+  columns = ["optimizer", "speed-up", "median", "final loss ÷ Adam's", "training loss", "final training loss", "test loss"]
   columns += ["test accuracy", "rank", "diverged", f"better than {REFERENCE}", f"better than {UNTUNED}"]
   return columns + (["time per step ÷ Adam's", "wall-clock speed-up"] if timed else []) + ["learning rate interior"]
 
@@ -304,7 +304,8 @@ def summary_row(comparisons: Sequence[Comparison], name: str) -> list[str]:
   """One optimizer, over all tasks of some comparisons."""
   s = summarize(comparisons, name)
   bounds = f", {s.bounds} of {s.num_tasks} ≥" if s.bounds else ""
-  row = [name, f"{interval(s.speed_up)}{bounds}", interval(s.relative_loss), _with_error(s), number(s.final_loss)]
+  row = [name, f"{interval(s.speed_up)}{bounds}", f"{s.median_speed_up:.3g}", interval(s.relative_loss)]
+  row += [_with_error(s), number(s.final_loss)]
   row += [number(s.test_loss), "–" if s.test_accuracy is None else f"{100 * s.test_accuracy:.1f}%"]
   row += [f"{s.rank:.1f}", f"{100 * s.diverged:.3g}%"]
   row += [f"{s.tasks_won[x]}/{s.num_tasks}" if x in s.tasks_won else "–" for x in (REFERENCE, UNTUNED)]
@@ -368,7 +369,7 @@ def _with_rate(m: Measures) -> str:
 def _sooner(s: Summary) -> str:
   return (
     f"To the loss that it ends with, {REFERENCE} at the best of all its learning rates takes {interval(s.speed_up)} "
-    "times as many steps (interquartile mean)."
+    f"times as many steps (interquartile mean over tasks; median {s.median_speed_up:.3g})."
   )
 
 

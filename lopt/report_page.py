@@ -251,6 +251,7 @@ def _definitions(tuned_for: str) -> str:
   Interquartile mean over tasks with a 95% interval from a stratified bootstrap over seeds (Agarwal et al. 2021);
   tasks are taken as given. “k ≥”: tasks on which {REFERENCE} did not get there in {evaluation.REFERENCE_FACTOR} times
   the steps.
+<dt>median<dd>Of the same, over tasks.
 <dt>final loss ÷ Adam's<dd>Training loss after the last step, on fixed batches, divided by tuned {REFERENCE}'s; below
   1 is better. Interquartile mean and interval as above.
 <dt>training loss<dd>Mean over all steps, tasks and seeds, with the standard error over seeds; 1 = knowing nothing.

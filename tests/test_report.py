@@ -116,6 +116,7 @@ def test_table_of_means(comparison):
   assert mine == {
     "optimizer": "mine",
     "speed-up": "2.25 (2.04 to 2.46), 1 of 2 ≥",  # of 4 and 0.5; 95% of what lies between 0.9 and 1.1 times that
+    "median": "2.25",
     "final loss ÷ Adam's": "1.25 (1.13 to 1.37)",
     "training loss": "0.312 ± 0.003",  # of 0.1234 and 0.5; the error is √(0.001234² + 0.005²) / 2
     "final training loss": "0.156",

@@ -147,6 +147,7 @@ def test_its_numbers_are_those_of_the_measures(written):
   fast = reader.rows("Over all 9 tasks")[0]
   speed_ups = sorted(m.speed_up for c in everything for m in c.learned["fast"].measures)
   assert fast["speed-up"].startswith(f"{np.mean(speed_ups[2:-2]):.3g} (")
+  assert fast["median"] == f"{speed_ups[4]:.3g}"
   assert fast["speed-up"].endswith(", 3 of 9 ≥")  # those of `faster`, where Adam takes 9 times as long
   assert fast["time per step ÷ Adam's"] == "2.00×"
   assert fast["wall-clock speed-up"] == f"{np.mean(speed_ups[2:-2]) / 2:.2f}×"
