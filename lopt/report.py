@@ -295,7 +295,15 @@ def _summary_rows(c: Comparison) -> list[list[str]]:
 def summary_header(comparisons: Sequence[Comparison]) -> list[str]:
   """The columns of `summary_row`."""
   timed = all(c.seconds_per_step for c in comparisons)
-  columns = ["optimizer", "speed-up", "median", "final loss ÷ Adam's", "training loss", "final training loss", "test loss"]
+  columns = [
+    "optimizer",
+    "speed-up",
+    "median",
+    "final loss ÷ Adam's",
+    "training loss",
+    "final training loss",
+    "test loss",
+  ]
   columns += ["test accuracy", "rank", "diverged", f"better than {REFERENCE}", f"better than {UNTUNED}"]
   return columns + (["time per step ÷ Adam's", "wall-clock speed-up"] if timed else []) + ["learning rate interior"]
 

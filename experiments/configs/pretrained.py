@@ -5,10 +5,10 @@
 which is `meta_train.py --config=experiments/configs/pretrained.py:architecture=mlp`: by PES on the mixture of
 `mixture.py`, small classifiers of digits (wide, deep, with noisy labels and little data, reparametrised) and
 closed-form surfaces. Episodes are of 50 to 1,000 steps; steps of the optimizers are relative to the parameters,
-multiplied for each tensor by what a small network makes of its state, and shrink to zero along half a cosine over the
-run. What is minimised is the logarithm of the loss, so that getting from 0.02 to 0.01 counts as well as getting from 1
-to 0.5, and its late values more than its early ones. PES keeps its noise for the whole episode (there called NRES or
-ES-Single): the variance of meta-gradients is then 3 to 14 times lower here (WORKSPACE.md has the measurement).
+multiplied for each tensor by what a small network makes of its state, and shrink to zero along half a cosine over
+the run. What is minimised is the logarithm of the loss, so that getting from 0.02 to 0.01 counts as well as getting
+from 1 to 0.5, and its late values more than its early ones. PES keeps its noise for the whole episode (NRES,
+ES-Single), because meta-gradients are then several times less noisy (`../benchmarks/gradient_noise.py`).
 """
 
 import pathlib

@@ -6,7 +6,7 @@ either, so that a run that has diverged is seen, and counted, as one.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -2,8 +2,8 @@
 
 Optimizers that look at each parameter on its own, with all features normalised, see neither how large a step is for
 its tensor nor how noisy gradients are. What is learned here sees that: the scheduler of A. Moudgil et al., "Celo:
-Training versatile learned optimizers on a compute diet", TMLR 2025 (arXiv:2501.12670), without its recurrence and with
-inputs of other kinds.
+Training versatile learned optimizers on a compute diet", TMLR 2025 (arXiv:2501.12670), without its recurrence and
+with inputs of other kinds.
 """
 
 import math
@@ -80,8 +80,8 @@ def learned(optimizer: base.LearnedOptimizer, hidden_size: int) -> base.LearnedO
       log RMS(p), rank, size   what kind of tensor it is
 
   and, the same for all tensors, the training fraction t/T, how the loss has been moving
-  (`lopt.architectures.summaries`), and log T. A constant factor on the loss changes none of them. The last layer starts
-  at zero, so that an untrained network changes nothing.
+  (`lopt.architectures.summaries`), and log T. A constant factor on the loss changes none of them. The last layer
+  starts at zero, so that an untrained network changes nothing.
 
   θ is `{"optimizer": θ of the optimizer, "step_sizes": the network's weights}`.
 

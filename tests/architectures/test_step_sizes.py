@@ -140,7 +140,12 @@ def test_says_what_is_missing(missing):
 
 
 def test_a_configuration_puts_them_around_an_architecture_and_within_its_safeguards():
-  section = {"name": "lstm", "hidden_sizes": [3], "step_sizes": {"hidden_size": 2}, "safeguards": {"weight_decay": 0.5}}
+  section = {
+    "name": "lstm",
+    "hidden_sizes": [3],
+    "step_sizes": {"hidden_size": 2},
+    "safeguards": {"weight_decay": 0.5},
+  }
   built = configuration.build("architectures", section, where="config.architecture")
   theta = random_theta(built)
   assert theta["step_sizes"]["hidden"]["w"].shape == (step_sizes.NUM_INPUTS, 2)

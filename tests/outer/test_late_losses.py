@@ -104,5 +104,5 @@ def test_a_diverged_loss_counts_with_the_largest_weight_and_is_counted(bad):
 
 @pytest.mark.parametrize("power", [-1.0, float("inf"), float("nan")])
 def test_bad_powers_are_named(power):
-  with pytest.raises(ValueError, match="^late_power="):
+  with pytest.raises(ValueError, match=r"^late_power="):
     late_losses.wrap(problem(3, 3), power)
