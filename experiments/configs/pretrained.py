@@ -39,6 +39,7 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.loss_cap = 10.0
   config.log_floor = 1e-3
   config.late_power = 2.0
+  config.step_spread = 0.8
   if "sigma" in config.estimator:
     config.estimator.sigma = 0.01
   if "noise_period" in config.estimator:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -22,7 +21,7 @@ from lopt.architectures import summaries
 DECAY = 0.95
 """Of the moving averages of squared norms and of alignments: some twenty steps."""
 
-NUM_INPUTS = 9 + len(summaries.PROGRESS) + summaries.NUM_LOSS_FEATURES + 1
+NUM_INPUTS = 7 + len(summaries.PROGRESS) + summaries.NUM_LOSS_FEATURES + 1
 
 
 class LearnedState(NamedTuple):
@@ -77,7 +76,7 @@ def learned(optimizer: base.LearnedOptimizer, hidden_size: int) -> base.LearnedO
       log ‖g‖ ‖u‖ / |⟨L⟩|      by how much, at most, this step would
       -gᵀu / ‖g‖ ‖u‖           whether it goes down the slope of this batch; and a moving average of that
       log ‖g‖ / √⟨‖g‖²⟩        whether this gradient is larger than usual
-      log RMS(p), rank, size   what kind of tensor it is
+      min(rank, 2)             whether it is a matrix or a bias
 
   and, the same for all tensors, the training fraction t/T, how the loss has been moving
   (`lopt.architectures.summaries`), and log T. A constant factor on the loss changes none of them. The last layer
@@ -126,7 +125,6 @@ def learned(optimizer: base.LearnedOptimizer, hidden_size: int) -> base.LearnedO
       loss_weights = summaries.total_weights(summaries.LOSS_DECAYS, state.count + 1)
       (weight,) = summaries.total_weights((DECAY,), state.count + 1)
       square_loss = jnp.square(losses.means[0] / loss_weights[0]) + summaries.EPSILON
-      sizes = np.array([x.size for x in p])
       of_tensors = [
         _log10_root(gg * pp / square_loss),
         jnp.broadcast_to(_log10_root(jnp.sum(gg * pp) / square_loss), gg.shape),
@@ -134,9 +132,7 @@ def learned(optimizer: base.LearnedOptimizer, hidden_size: int) -> base.LearnedO
         alignment,
         alignments / weight,
         _log10_root(gg) - _log10_root(square_norms / weight),
-        _log10_root(pp / sizes) / 2,
-        jnp.array([x.ndim / 4 for x in p]),
-        jnp.asarray(np.log(sizes) / 10, jnp.float32),
+        jnp.array([min(x.ndim, 2) / 2 for x in p]),
       ]
       log_horizon = jnp.log10(jnp.asarray(num_steps, jnp.float32) / 1_000)
       of_run = jnp.concatenate([summaries.progress(state.count, num_steps), of_loss, log_horizon[None]])

@@ -73,9 +73,7 @@ def numpy_factors(theta, gradients, inner, losses):
       alignments[-1],
       average(alignments, 0.95),
       0.5 * np.log10(square_norms[name][-1] / average(square_norms[name], 0.95)),
-      np.log10(np.sqrt(np.mean(p**2))) / 2,
-      p.ndim / 4,
-      np.log(p.size) / 10,
+      min(p.ndim, 2) / 2,
       *of_run,
     ]
     hidden, output = theta["step_sizes"]["hidden"], theta["step_sizes"]["log_factor"]
@@ -93,7 +91,7 @@ def test_updates_are_the_optimizers_times_factors_of_a_numpy_network():
     factors = numpy_factors(theta, gradients[: t + 1], inner[: t + 1], losses[: t + 1])
     assert all(abs(np.log(x)) > 0.05 for x in factors.values())
     for name in PARAMS:
-      np.testing.assert_allclose(updates[t][name], factors[name] * inner[t][name], rtol=1e-5)
+      np.testing.assert_allclose(updates[t][name], factors[name] * inner[t][name], rtol=1e-4)
 
 
 def test_an_untrained_network_changes_nothing():
@@ -204,7 +202,7 @@ def test_what_is_learned_sees_relative_steps_and_is_annealed():
   (updates,) = run(wrapped, theta, [gradients], [2.0])
   for name in PARAMS:
     expected = factors[name] * (10 / NUM_STEPS) ** 0.5 * np.asarray(u[name])
-    np.testing.assert_allclose(updates[name], expected, rtol=1e-5)
+    np.testing.assert_allclose(updates[name], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{"relative_floor": 0.0}, {"hidden_size": 0}, {"base_steps": 0}])
