@@ -9,6 +9,9 @@ multiplied for each tensor by what a small network makes of its state, and shrin
 the run. What is minimised is the logarithm of the loss, so that getting from 0.02 to 0.01 counts as well as getting
 from 1 to 0.5, and its late values more than its early ones. PES keeps its noise for the whole episode (NRES,
 ES-Single), because meta-gradients are then several times less noisy (`../benchmarks/gradient_noise.py`).
+
+The estimators that the paper compares with, at as many inner steps: `:architecture=mlp,estimator=es` is truncated ES,
+`:architecture=mlp,estimator=backprop` truncated backpropagation.
 """
 
 import pathlib
@@ -40,9 +43,13 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.log_floor = 1e-3
   config.late_power = 2.0
   config.step_spread = 0.8
-  if "sigma" in config.estimator:
-    config.estimator.sigma = 0.01
-  if "noise_period" in config.estimator:
-    config.estimator.noise_period = config.horizon.maximum
+  estimator = config.estimator
+  if "sigma" in estimator:
+    estimator.sigma = 0.01
+  if estimator.name == "pes":
+    estimator.noise_period = config.horizon.maximum
+  if estimator.name == "es":
+    estimator.unroll_length = 20
+    estimator.num_pairs = 11  # each with a run of its mean: 33 inner runs, where PES has 32
   config.outer_optimizer.learning_rate = 3e-3
   return config
