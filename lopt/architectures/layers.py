@@ -13,8 +13,11 @@ from jaxtyping import Array, Float
 class LinearWeights(hk.Module):
   """The parameters of an `hk.Linear`, for products in a layout that `hk.Linear` does not have."""
 
-  def __call__(self, fan_in: int, size: int) -> tuple[Float[Array, "fan_in size"], Float[Array, " size"]]:
-    w = hk.get_parameter("w", (fan_in, size), init=hk.initializers.TruncatedNormal(1 / math.sqrt(fan_in)))
+  def __call__(
+    self, fan_in: int, size: int, w_init: hk.initializers.Initializer | None = None
+  ) -> tuple[Float[Array, "fan_in size"], Float[Array, " size"]]:
+    w_init = w_init or hk.initializers.TruncatedNormal(1 / math.sqrt(fan_in))
+    w = hk.get_parameter("w", (fan_in, size), init=w_init)
     return w, hk.get_parameter("b", (size,), init=jnp.zeros)
 
 

@@ -12,16 +12,21 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
-from lopt.architectures import summaries
+from lopt.architectures import layers, summaries
 
 DECAY = 0.95
 """Of the moving averages of squared norms and of alignments: some twenty steps."""
 
-NUM_INPUTS = 7 + len(summaries.PROGRESS) + summaries.NUM_LOSS_FEATURES + 1
+LARGEST = 2_048
+"""Tensors with more parameters count as such: meta-training on small networks sees none, and nothing is to depend on
+how what it learned goes on beyond."""
+
+NUM_INPUTS = 9 + len(summaries.PROGRESS) + summaries.NUM_LOSS_FEATURES + 1
 
 
 class LearnedState(NamedTuple):
@@ -76,7 +81,7 @@ def learned(optimizer: base.LearnedOptimizer, hidden_size: int) -> base.LearnedO
       log ‖g‖ ‖u‖ / |⟨L⟩|      by how much, at most, this step would
       -gᵀu / ‖g‖ ‖u‖           whether it goes down the slope of this batch; and a moving average of that
       log ‖g‖ / √⟨‖g‖²⟩        whether this gradient is larger than usual
-      min(rank, 2)             whether it is a matrix or a bias
+      log RMS(p), rank, size   what kind of tensor it is: a larger rank than 2 counts as 2, a larger size as 2048
 
   and, the same for all tensors, the training fraction t/T, how the loss has been moving
   (`lopt.architectures.summaries`), and log T. A constant factor on the loss changes none of them. The last layer
@@ -93,15 +98,17 @@ def learned(optimizer: base.LearnedOptimizer, hidden_size: int) -> base.LearnedO
   """
   checks.require(hidden_size >= 1, "hidden_size", hidden_size, "at least 1")
 
-  def log_factors(inputs: Float[Array, "tensors inputs"]) -> Float[Array, " tensors"]:
-    hidden = jnp.tanh(hk.Linear(hidden_size, name="hidden")(inputs))
-    return hk.Linear(1, w_init=jnp.zeros, name="log_factor")(hidden)[:, 0]
+  def log_factors(inputs: Float[Array, "inputs tensors"]) -> Float[Array, " tensors"]:
+    w, b = layers.LinearWeights("hidden")(NUM_INPUTS, hidden_size)
+    hidden = jnp.tanh(layers.product(w, inputs) + b[:, None])
+    w, b = layers.LinearWeights("log_factor")(hidden_size, 1, jnp.zeros)
+    return layers.product(w, hidden)[0] + b
 
   net = hk.without_apply_rng(hk.transform(log_factors))
 
   def init(key: base.PRNGKey) -> base.Theta:
     optimizer_key, net_key = jax.random.split(key)
-    return {"optimizer": optimizer.init(optimizer_key), "step_sizes": net.init(net_key, jnp.zeros((1, NUM_INPUTS)))}
+    return {"optimizer": optimizer.init(optimizer_key), "step_sizes": net.init(net_key, jnp.zeros((NUM_INPUTS, 1)))}
 
   def transform(theta: base.Theta, num_steps: Any) -> optax.GradientTransformationExtraArgs:
     tx = optimizer.transform(theta["optimizer"], num_steps)
@@ -124,6 +131,7 @@ def learned(optimizer: base.LearnedOptimizer, hidden_size: int) -> base.LearnedO
       # Averages from zero, and what corrects them for their beginning.
       loss_weights = summaries.total_weights(summaries.LOSS_DECAYS, state.count + 1)
       (weight,) = summaries.total_weights((DECAY,), state.count + 1)
+      sizes = np.array([x.size for x in p])
       square_loss = jnp.square(losses.means[0] / loss_weights[0]) + summaries.EPSILON
       of_tensors = [
         _log10_root(gg * pp / square_loss),
@@ -132,12 +140,14 @@ def learned(optimizer: base.LearnedOptimizer, hidden_size: int) -> base.LearnedO
         alignment,
         alignments / weight,
         _log10_root(gg) - _log10_root(square_norms / weight),
-        jnp.array([min(x.ndim, 2) / 2 for x in p]),
+        _log10_root(pp / sizes) / 2,
+        jnp.array([min(x.ndim, 2) / 4 for x in p]),
+        jnp.asarray(np.log(np.minimum(sizes, LARGEST)) / 10, jnp.float32),
       ]
       log_horizon = jnp.log10(jnp.asarray(num_steps, jnp.float32) / 1_000)
       of_run = jnp.concatenate([summaries.progress(state.count, num_steps), of_loss, log_horizon[None]])
-      inputs = [jnp.stack(of_tensors, axis=1), jnp.broadcast_to(of_run, (len(p), len(of_run)))]
-      factors = jnp.exp(net.apply(theta["step_sizes"], jnp.concatenate(inputs, axis=1)))
+      inputs = [jnp.stack(of_tensors), jnp.broadcast_to(of_run[:, None], (len(of_run), len(p)))]
+      factors = jnp.exp(net.apply(theta["step_sizes"], jnp.concatenate(inputs)))
       scaled = structure.unflatten([factors[i] * x for i, x in enumerate(u)])
       return scaled, LearnedState(optimizer_state, state.count + 1, losses, square_norms, alignments)
 

@@ -73,7 +73,9 @@ def numpy_factors(theta, gradients, inner, losses):
       alignments[-1],
       average(alignments, 0.95),
       0.5 * np.log10(square_norms[name][-1] / average(square_norms[name], 0.95)),
-      min(p.ndim, 2) / 2,
+      np.log10(np.sqrt(np.mean(p**2))) / 2,
+      p.ndim / 4,
+      np.log(p.size) / 10,
       *of_run,
     ]
     hidden, output = theta["step_sizes"]["hidden"], theta["step_sizes"]["log_factor"]
