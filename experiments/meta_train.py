@@ -39,7 +39,7 @@ from lopt import (
   tracking,
   trained,
 )
-from lopt.outer import final_loss, late_losses, meta_training, mixture, parallel, scaled_steps
+from lopt.outer import final_loss, late_losses, meta_training, mixture, parallel
 
 CONFIG = configuration.define_flag("config", str(Path(__file__).parent / "configs" / "digits.py"), "What to run.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Where the run is kept, and continued from.")
@@ -90,7 +90,6 @@ def build(
   initial: str | None = None,
   trainable: tuple[str, ...] = (),
   late_power: float = 0.0,
-  step_spread: float = 0.0,
   precision: inner_training.Precision = "float32",
   loss_cap: float | None = None,
   log_floor: float | None = None,
@@ -135,7 +134,6 @@ def build(
       loss_cap=loss_cap,
       log_floor=log_floor,
     )
-    problem = scaled_steps.wrap(problem, step_spread) if step_spread else problem
     problem = final_loss.wrap(problem) if objective == "final_loss" else problem
     problem = late_losses.wrap(problem, late_power) if late_power else problem
     return configuration.build("outer", estimator, problem, where="config.estimator")

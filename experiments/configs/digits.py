@@ -36,7 +36,6 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.late_power = 0.0  # q of the weights (q + 1) (t/T)^q of the losses; 0: all alike
   config.loss_cap = config_dict.placeholder(float)  # larger losses count as this in meta-training; None: the task's
   config.log_floor = config_dict.placeholder(float)  # f of the meta-loss log(1 + L / f) / log(1 + 1 / f); None: L
-  config.step_spread = 0.0  # of hidden factors on inner steps, as the standard deviation of their logarithm
   config.precision = "float32"  # of the inner networks' matrix products; 'bfloat16' is for accelerators
 
   config.horizon = ml_collections.ConfigDict()  # inner steps of an episode, drawn log-uniformly for each

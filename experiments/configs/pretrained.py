@@ -42,7 +42,6 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.loss_cap = 10.0
   config.log_floor = 1e-3
   config.late_power = 2.0
-  config.step_spread = 0.8
   estimator = config.estimator
   if "sigma" in estimator:
     estimator.sigma = 0.01
