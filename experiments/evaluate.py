@@ -191,9 +191,8 @@ def track(compared: dict[str, dict[str, comparison.Comparison]], folder: Path, a
     for name in comparisons[0].evaluations:
       s = comparison.summarize(comparisons, name)
       numbers[f"{suite}/{name}/speed_up"] = s.speed_up.value
-      numbers[f"{suite}/{name}/median_speed_up"] = s.median_speed_up
       numbers[f"{suite}/{name}/relative_loss"] = s.relative_loss.value
-      for field in ("mean_loss", "final_loss", "test_loss", "rank", "diverged"):
+      for field in ("median_speed_up", "mean_loss", "final_loss", "test_loss", "rank", "diverged"):
         numbers[f"{suite}/{name}/{field}"] = getattr(s, field)
   tracker.log(0, numbers)
   tracker.log_image(0, "summary", folder / "summary.png")

@@ -1,9 +1,9 @@
 """How noisy the meta-gradient of an optimizer that comes with lopt is, by how long PES keeps its noise.
 
-    python experiments/benchmarks/gradient_noise.py --only='mlp/.*/0.01$'
+    python experiments/benchmarks/gradient_noise.py --only='^mlp/.*/0.01$'
 
 Cases are FAMILY/NOISE/SIGMA: a family of `adafactor_mlp`'s meta-training; `unroll`, noise that is drawn for each
-unroll (PES), or `episode`, noise that is kept to the episode's end (NRES, ES-Single); and σ. θ stays what it is, 16
+unroll (PES), or `episode`, noise that is kept to the episode's end (NRES, ES-Single); and σ. θ stays what it is, its
 pairs are continued for 280 outer steps, all else as in its configuration. Figures, of the last 240:
 
 - single: the root mean square distance of one estimate from the mean of all;
@@ -46,7 +46,7 @@ def measure(case: str) -> bench.Figures:
   longest = config["horizon"]["maximum"]
   estimator = pes.build(
     late_losses.wrap(problem, config["late_power"]),
-    num_pairs=16,
+    num_pairs=config["estimator"]["num_pairs"],
     sigma=float(sigma),
     noise_period=longest if noise == "episode" else None,
   )

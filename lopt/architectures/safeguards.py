@@ -43,7 +43,7 @@ def wrap(
 
   Args:
     optimizer: Any architecture.
-    adam_mix: Share of Adam in each step, 0 to 1: `mix_with_adam`.
+    adam_mix: Share of Adam in each step, 0 to 1: `mix_with_adam`. This share is not sized by `step_sizes`.
     adam_learning_rate: Adam's.
     adam_graft: Whether each tensor's learned update gets the norm of Adam's before they are mixed.
     base_width: Fan-in at which steps keep their size: `scale_with_width`.

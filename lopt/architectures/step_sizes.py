@@ -6,6 +6,7 @@ Training versatile learned optimizers on a compute diet", TMLR 2025 (arXiv:2501.
 with inputs of other kinds.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from lopt.architectures import layers, summaries
 DECAY = 0.95
 """Of the moving averages of squared norms and of alignments: some twenty steps."""
 
+SQUARE_FLOOR = 1e-12
+"""Added to squares before their logarithms."""
 LARGEST = 2_048
 """Tensors with more parameters count as such: meta-training on small networks sees none, and nothing is to depend on
 how what it learned goes on beyond."""
@@ -131,16 +134,17 @@ def learned(optimizer: base.LearnedOptimizer, hidden_size: int) -> base.LearnedO
       # Averages from zero, and what corrects them for their beginning.
       loss_weights = summaries.total_weights(summaries.LOSS_DECAYS, state.count + 1)
       (weight,) = summaries.total_weights((DECAY,), state.count + 1)
+      log10_root = functools.partial(summaries.log10_root, epsilon=SQUARE_FLOOR)
       sizes = np.array([x.size for x in p])
       square_loss = jnp.square(losses.means[0] / loss_weights[0]) + summaries.EPSILON
       of_tensors = [
-        _log10_root(gg * pp / square_loss),
-        jnp.broadcast_to(_log10_root(jnp.sum(gg * pp) / square_loss), gg.shape),
-        _log10_root(gg * uu / square_loss),
+        log10_root(gg * pp / square_loss),
+        jnp.broadcast_to(log10_root(jnp.sum(gg * pp) / square_loss), gg.shape),
+        log10_root(gg * uu / square_loss),
         alignment,
         alignments / weight,
-        _log10_root(gg) - _log10_root(square_norms / weight),
-        _log10_root(pp / sizes) / 2,
+        log10_root(gg) - log10_root(square_norms / weight),
+        log10_root(pp / sizes) / 2,
         jnp.array([min(x.ndim, 2) / 4 for x in p]),
         jnp.asarray(np.log(np.minimum(sizes, LARGEST)) / 10, jnp.float32),
       ]
@@ -181,8 +185,3 @@ def _followed_by(optimizer: base.LearnedOptimizer, make: Any) -> base.LearnedOpt
 
 def _dots(a: list[Array], b: list[Array]) -> Float[Array, " tensors"]:
   return jnp.stack([jnp.sum(x * y) for x, y in zip(a, b, strict=True)])
-
-
-def _log10_root(square: Array) -> Array:
-  """log₁₀ √x, for x of 0 no lower than -6."""
-  return 0.5 * jnp.log10(square + 1e-12)

@@ -155,16 +155,17 @@ def of_tensor(
     momenta: m_β, bias-corrected.
     second: v, bias-corrected.
   """
-  scale = _log10_root(jnp.mean(second))
+  scale = log10_root(jnp.mean(second))
   rows = jnp.concatenate([gradient[None], momenta]).reshape(4, -1)
-  spread = _log10_root(jnp.square(jnp.mean(jnp.sqrt(second + EPSILON))))
-  logs = jnp.stack([_log10_root(jnp.mean(jnp.square(parameter))), spread - scale])
-  ratios = _log10_root(jnp.mean(jnp.square(rows), axis=1)) - scale
+  spread = log10_root(jnp.square(jnp.mean(jnp.sqrt(second + EPSILON))))
+  logs = jnp.stack([log10_root(jnp.mean(jnp.square(parameter))), spread - scale])
+  ratios = log10_root(jnp.mean(jnp.square(rows), axis=1)) - scale
   return jnp.concatenate([jnp.array([parameter.ndim / 4, math.log(parameter.size) / 10]), logs / 2, ratios / 2])
 
 
-def _log10_root(mean_square: Array) -> Array:
-  return 0.5 * jnp.log10(mean_square + EPSILON)
+def log10_root(square: Array, epsilon: float = EPSILON) -> Array:
+  """log₁₀ √(x + ε)."""
+  return 0.5 * jnp.log10(square + epsilon)
 
 
 def _contrast(a: base.Scalar, b: base.Scalar) -> base.Scalar:

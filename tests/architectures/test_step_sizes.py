@@ -9,10 +9,12 @@ import optax
 import pytest
 
 from lopt import base, configuration
-from lopt.architectures import lstm, mlp, step_sizes
+from lopt.architectures import lstm, mlp, safeguards, step_sizes
 
 NUM_STEPS = 50
 PARAMS = {"b": np.array([0.5, -1.0, 0.25]), "w": np.arange(-5.0, 7.0).reshape(3, 4) / 10}
+WITH_KERNEL = {**PARAMS, "k": np.sin(np.arange(2_304.0)).reshape(3, 3, 8, 32)}
+"""One of more axes and more parameters than the network is told of."""
 RULE = mlp.build(hidden_sizes=(4,))
 
 
@@ -23,9 +25,9 @@ def random_theta(optimizer, seed=0):
   return jax.tree.map(lambda x: jnp.float32(0.3 * rng.normal(size=x.shape)), shapes)
 
 
-def draw(seed, number):
+def draw(seed, number, params=PARAMS):
   rng = np.random.default_rng(seed)
-  return [{name: rng.normal(size=p.shape) for name, p in PARAMS.items()} for _ in range(number)]
+  return [{name: rng.normal(size=p.shape) for name, p in params.items()} for _ in range(number)]
 
 
 def run(optimizer, theta, gradients, losses, params=PARAMS):
@@ -49,7 +51,7 @@ def contrast(a, b):
   return (a - b) / (abs(a) + abs(b))
 
 
-def numpy_factors(theta, gradients, inner, losses):
+def numpy_factors(theta, gradients, inner, losses, params=PARAMS):
   """exp(s) of each tensor after all these gradients, losses and updates of the optimizer within."""
   t = len(losses) - 1
   dot = lambda x, y: np.sum(np.asarray(x, float) * np.asarray(y, float))
@@ -57,11 +59,11 @@ def numpy_factors(theta, gradients, inner, losses):
   of_loss = [contrast(losses[-1], fast), contrast(fast, middle), contrast(middle, slow), contrast(fast, losses[0])]
   positions = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
   of_run = [np.tanh(10 * (t / NUM_STEPS - x)) for x in positions] + of_loss + [np.log10(NUM_STEPS / 1_000)]
-  square_norms = {name: [dot(g[name], g[name]) for g in gradients] for name in PARAMS}
-  sensitivity = {name: np.sqrt(square_norms[name][-1] * dot(p, p)) / abs(fast) for name, p in PARAMS.items()}
+  square_norms = {name: [dot(g[name], g[name]) for g in gradients] for name in params}
+  sensitivity = {name: np.sqrt(square_norms[name][-1] * dot(p, p)) / abs(fast) for name, p in params.items()}
   total = np.sqrt(sum(x**2 for x in sensitivity.values()))
   factors = {}
-  for name, p in PARAMS.items():
+  for name, p in params.items():
     alignments = [
       -dot(g[name], u[name]) / np.sqrt(dot(g[name], g[name]) * dot(u[name], u[name]))
       for g, u in zip(gradients, inner, strict=True)
@@ -74,8 +76,8 @@ def numpy_factors(theta, gradients, inner, losses):
       average(alignments, 0.95),
       0.5 * np.log10(square_norms[name][-1] / average(square_norms[name], 0.95)),
       np.log10(np.sqrt(np.mean(p**2))) / 2,
-      p.ndim / 4,
-      np.log(p.size) / 10,
+      min(p.ndim, 2) / 4,
+      np.log(min(p.size, 2_048)) / 10,
       *of_run,
     ]
     hidden, output = theta["step_sizes"]["hidden"], theta["step_sizes"]["log_factor"]
@@ -84,15 +86,16 @@ def numpy_factors(theta, gradients, inner, losses):
   return factors
 
 
-def test_updates_are_the_optimizers_times_factors_of_a_numpy_network():
+@pytest.mark.parametrize("params", [PARAMS, WITH_KERNEL], ids=["matrix", "kernel"])
+def test_updates_are_the_optimizers_times_factors_of_a_numpy_network(params):
   wrapped = step_sizes.learned(RULE, 5)
-  theta, gradients, losses = random_theta(wrapped), draw(1, 12), np.linspace(3.0, 1.0, 12) ** 2
-  inner = run(RULE, theta["optimizer"], gradients, losses)
-  updates = run(wrapped, theta, gradients, losses)
+  theta, gradients, losses = random_theta(wrapped), draw(1, 12, params), np.linspace(3.0, 1.0, 12) ** 2
+  inner = run(RULE, theta["optimizer"], gradients, losses, params)
+  updates = run(wrapped, theta, gradients, losses, params)
   for t in (0, 1, 11):
-    factors = numpy_factors(theta, gradients[: t + 1], inner[: t + 1], losses[: t + 1])
+    factors = numpy_factors(theta, gradients[: t + 1], inner[: t + 1], losses[: t + 1], params)
     assert all(abs(np.log(x)) > 0.05 for x in factors.values())
-    for name in PARAMS:
+    for name in params:
       np.testing.assert_allclose(updates[t][name], factors[name] * inner[t][name], rtol=1e-4)
 
 
@@ -172,6 +175,11 @@ def test_steps_are_relative_to_each_tensor_and_not_below_the_floor():
   for name, g in gradients.items():
     rms = max(np.sqrt(np.mean(np.square(params[name]))), 0.1)
     np.testing.assert_allclose(updates[name], -0.5 * rms * g, rtol=1e-5)
+  relative = step_sizes.wrap(sgd(), relative_floor=0.1)
+  mixed = safeguards.wrap(relative, adam_mix=0.5, adam_learning_rate=0.01)
+  (with_adam,) = run(mixed, jnp.float32(0.5), [gradients], [1.0], params)
+  for name, g in gradients.items():  # Adam's share is not
+    np.testing.assert_allclose(with_adam[name], 0.5 * updates[name] - 0.005 * np.sign(g), rtol=1e-4)
 
 
 @pytest.mark.parametrize("num_steps", [1, 4, 100])
