@@ -98,6 +98,8 @@ def build(
   checks.counts(num_outer_steps=num_outer_steps, log_every=log_every)
   if not 0 <= seed < 2**32:
     raise ValueError(f"seed: must be in 0..{2**32 - 1}, not {seed}")
+  if late_power and objective == "final_loss":  # which is a sum of differences that weights would spoil
+    raise ValueError(f"late_power: must be 0 where objective is 'final_loss', not {late_power}")
   sections = {
     "periodic_evaluation": configuration.call(_periodic, periodic_evaluation, where="config.periodic_evaluation"),
     "evaluation": {

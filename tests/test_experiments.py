@@ -172,6 +172,10 @@ def fails_with(result, line):
     ({"num_outer_steps": 61}, r"num_outer_steps: must be a multiple of log_every=2, not 61"),
     ({"architecture.name": "mpl"}, r"config\.architecture\.name: .*did you mean 'mlp'\?.*lstm, mlp"),
     ({"architecture.name": ".x"}, r"config\.architecture\.name: '\.x' is not the name of a module"),
+    (
+      {"objective": "final_loss", "late_power": 2.0},
+      r"config: late_power: must be 0 where objective is 'final_loss'",
+    ),
     ({"seed": 10**23}, r"config: seed: must be in 0\.\.4294967295"),
     ({"outer_optimizer.learning_rate": "inf"}, r"learning_rate: must be above 0 and finite, not inf"),
     ({"sedd": 1}, "sedd"),
