@@ -9,7 +9,6 @@ see `lopt.architectures.published`.
 import functools
 import math
 import operator
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -53,9 +52,20 @@ def _long_axes(x: Array) -> list[int]:
   return [axis for axis, size in enumerate(x.shape) if size > 1]
 
 
-def _dense(w: Float[Array, "fan_in size"], x: list[Array], b: Iterable[Array]) -> list[Array]:
+@jax.custom_jvp
+def _dense(w: Float[Array, "fan_in size"], x: list[Array], b: list[Array]) -> list[Array]:
   """w.T @ x + b in scalar arithmetic, which XLA fuses into one loop over the parameters."""
   return [sum((w[i, j] * x[i] for i in range(len(x))), start=bias) for j, bias in enumerate(b)]
+
+
+@_dense.defjvp
+def _dense_jvp(primals, tangents):
+  # As products of matrices, which are stored: in scalar arithmetic, the derivative by every weight and every input
+  # would be a loop of its own over the parameters, each with all of the network in it.
+  def products(w, x, b):
+    return [y + bias for y, bias in zip(jnp.tensordot(w, jnp.stack(x), (0, 0)), b, strict=True)]
+
+  return jax.jvp(products, primals, tangents)
 
 
 def build(
@@ -195,9 +205,9 @@ def build(
       features += [g * math.prod(factors) for factors in zip(*factors_g, strict=True)]
       features += [x * math.prod(factors) for x, *factors in zip(m, *factors_m, strict=True)]
       normalized_w = w_elementwise / jnp.sqrt(jnp.concatenate(mean_squares) + epsilon)[:, None]
-      hidden = _dense(normalized_w, features, map(operator.add, side, bias))
+      hidden = _dense(normalized_w, features, list(map(operator.add, side, bias)))
       for w_layer, b_layer in later_layers:
-        hidden = _dense(w_layer, [jax.nn.relu(h) for h in hidden], b_layer)
+        hidden = _dense(w_layer, [jax.nn.relu(h) for h in hidden], list(b_layer))
       direction, magnitude = hidden
       return -step_multiplier * direction * jnp.exp(exp_multiplier * magnitude)
 

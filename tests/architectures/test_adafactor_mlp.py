@@ -112,6 +112,37 @@ def test_published_weights_give_the_updates_of_a_plain_implementation():
       params[name] = params[name] + expected
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (5,)])
+def test_derivatives_are_those_of_the_plain_implementation(shape):
+  """Forward and reverse mode, by all of θ and through the state, against differences of the NumPy optimizer."""
+  rng = np.random.default_rng(2)
+  weights = published_weights(3)
+  params = rng.normal(size=shape)
+  gradients = rng.normal(size=(2, *shape))
+  direction = jax.tree.map(lambda w: rng.normal(size=np.shape(w)), weights)
+
+  def plain(h):
+    reference = NumpyOptimizer(jax.tree.map(lambda w, d: w + h * d, weights, direction), shape)
+    return sum((np.cos(1e3 * reference.update(g, params)) * params).sum() for g in gradients)
+
+  def ours(weights):
+    tx = adafactor_mlp.build().transform(weights, 10)
+    state = tx.init(jnp.asarray(params))
+    result = jnp.zeros(())
+    for g in gradients:
+      updates, state = tx.update(jnp.asarray(g), state, jnp.asarray(params))
+      result += jnp.sum(jnp.cos(1e3 * updates) * params)
+    return result
+
+  expected = (plain(1e-6) - plain(-1e-6)) / 2e-6
+  with jax.enable_x64(True):
+    theta, tangent = jax.tree.map(jnp.float64, (weights, direction))
+    gradient = jax.grad(ours)(theta)
+    reverse = sum(jnp.vdot(g, t) for g, t in zip(*map(jax.tree.leaves, (gradient, tangent)), strict=True))
+    _, forward = jax.jvp(ours, (theta,), (tangent,))
+  np.testing.assert_allclose([float(reverse), float(forward)], expected, rtol=1e-5)
+
+
 def test_the_gradient_scale_multiplies_gradients():
   scaled, plain = adafactor_mlp.build(gradient_scale=1e3), adafactor_mlp.build()
   theta = plain.init(jax.random.key(0))
