@@ -57,4 +57,6 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   if estimator.name == "es":
     estimator.unroll_length = 20
     estimator.num_pairs = 11  # each with a run of its mean: 33 inner runs, where PES has 32
+  if estimator.name == "backprop":
+    estimator.clip_norm = 1.0  # without, single runs have gradients of 10^19, and θ is lost after 100 outer steps
   return config

@@ -39,6 +39,7 @@ def build(
   unroll_length: int | None = 20,
   max_horizon: int | None = None,
   stagger: bool = True,
+  clip_norm: float | None = None,
   runs_per_block: int | None = None,
 ) -> base.GradientEstimator:
   """Backpropagation through time.
@@ -57,6 +58,9 @@ def build(
   inner steps are computed a second time on the way back.
 
   A run with a capped loss and a gradient that is not finite contributes 0, and is counted in the metric `diverged`.
+  Gradients through chaotic training explode long before (L. Metz et al., "Understanding and correcting pathologies in
+  the training of learned optimizers", 2019), so that one run outweighs all the others; `clip_norm` bounds each one's
+  share, at the price of bias.
 
   Args:
     problem: What is unrolled; its step must be differentiable.
@@ -64,13 +68,18 @@ def build(
     unroll_length: K, inner steps between two estimates; None for whole episodes.
     max_horizon: T_max, of whole episodes only: the longest horizon that the problem draws.
     stagger: Truncated only: whether runs are spread over the ages of an episode, or run in lockstep.
+    clip_norm: The largest norm of a run's own ĝ_i; larger ones are scaled down to it before the mean over runs is
+      taken, and those that are not finite count as 0. None: gradients as they are.
     runs_per_block: Runs that advance together; None: as many as stay in the cache of a CPU, all on an accelerator.
 
   Raises:
-    ValueError: For counts below 1, not exactly one of `unroll_length` and `max_horizon`, or (where horizons can be
-      drawn while building) horizons longer than `max_horizon`. Where that is only met later, the gradient is NaN.
+    ValueError: For counts below 1, a `clip_norm` that is not above 0 and finite, not exactly one of `unroll_length`
+      and `max_horizon`, or (where horizons can be drawn while building) horizons longer than `max_horizon`. Where
+      that is only met later, the gradient is NaN.
   """
   checks.counts(num_runs=num_runs, runs_per_block=runs_per_block)
+  if clip_norm is not None:
+    checks.require(0 < clip_norm < math.inf, "clip_norm", clip_norm, "above 0 and finite")
   if (unroll_length is None) == (max_horizon is None):
     raise ValueError(
       "unroll_length: give it alone (truncated), or None and max_horizon, the longest horizon (whole episodes), "
@@ -78,17 +87,22 @@ def build(
     )
   if unroll_length is not None:
     checks.counts(unroll_length=unroll_length)
-    return _truncated(problem, num_runs, unroll_length, stagger, runs_per_block)
+    return _truncated(problem, num_runs, unroll_length, stagger, clip_norm, runs_per_block)
   assert max_horizon is not None
   checks.counts(max_horizon=max_horizon)
   longest = jnp.max(jax.vmap(problem.horizon)(jax.random.split(jax.random.key(0), unrolls.HORIZON_SAMPLES)))
   if not isinstance(longest, Tracer) and longest > max_horizon:
     raise ValueError(f"max_horizon: the problem draws horizons of {longest} and more, longer than {max_horizon}")
-  return _full(problem, num_runs, max_horizon, runs_per_block)
+  return _full(problem, num_runs, max_horizon, clip_norm, runs_per_block)
 
 
 def _truncated(
-  problem: base.UnrolledProblem, num_runs: int, unroll_length: int, stagger: bool, runs_per_block: int | None
+  problem: base.UnrolledProblem,
+  num_runs: int,
+  unroll_length: int,
+  stagger: bool,
+  clip_norm: float | None,
+  runs_per_block: int | None,
 ) -> base.GradientEstimator:
   def init(key: base.PRNGKey, theta: base.Theta) -> TruncatedState:
     del theta
@@ -108,13 +122,14 @@ def _truncated(
       return TruncatedState(state.index, episodes), gradients_of(1.0, 1.0) / unroll_length, losses
 
     state, gradients, losses = unrolls.in_blocks(advance_block, problem, runs_per_block, state)
+    gradients = _clipped(gradients, clip_norm)
     return unravel(jnp.mean(gradients, axis=0)), state, unrolls.metrics(gradients, losses, unroll_length)
 
   return base.GradientEstimator(init, estimate)
 
 
 def _full(
-  problem: base.UnrolledProblem, num_runs: int, max_horizon: int, runs_per_block: int | None
+  problem: base.UnrolledProblem, num_runs: int, max_horizon: int, clip_norm: float | None, runs_per_block: int | None
 ) -> base.GradientEstimator:
   def init(key: base.PRNGKey, theta: base.Theta) -> FullState:
     del theta
@@ -135,11 +150,23 @@ def _full(
       return unrolls.without_capped(gradients[:, 0], losses.diverged[:, 0]), losses
 
     gradients, losses = unrolls.in_blocks(differentiate_block, problem, runs_per_block, state.index)
-    gradients /= state.mean_horizon[0]
+    gradients = _clipped(gradients / state.mean_horizon[0], clip_norm)
     metrics = unrolls.metrics(gradients, losses, state.mean_horizon[0])
     return unravel(jnp.mean(gradients, axis=0)), state, metrics
 
   return base.GradientEstimator(init, estimate)
+
+
+def _clipped(gradients: Float[Array, "N P"], norm: float | None) -> Float[Array, "N P"]:
+  """Each run's gradient scaled down to at most this norm; 0 for those that are not finite."""
+  if norm is None:
+    return gradients
+  finite = jnp.all(jnp.isfinite(gradients), axis=1, keepdims=True)
+  gradients = jnp.where(finite, gradients, 0.0)
+  # The square of a float32 above 10^19 overflows.
+  largest = jnp.maximum(jnp.max(jnp.abs(gradients), axis=1, keepdims=True), 1.0)
+  scaled = gradients / largest
+  return scaled * jnp.minimum(largest, norm / jnp.linalg.norm(scaled, axis=1, keepdims=True))
 
 
 def _unroll_episode(

@@ -150,6 +150,38 @@ def test_truncated_backpropagation_is_exact_where_windows_are_episodes():
   np.testing.assert_allclose(gradients, np.tile(exact_sum(7) / 7, (3, 1)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{"unroll_length": 4}, {"unroll_length": None, "max_horizon": 4}])
+def test_clipping_bounds_each_run_by_itself(options):
+  """Losses s·Σθ with slopes s of all sizes: also where float32 overflows in the gradient's square, and in itself."""
+  slopes = jnp.array([0.0, 1e-30, 0.5, 3.0, 1e25, 2e38], jnp.float32)
+
+  def init(key, num_steps):
+    del num_steps
+    return slopes[jax.random.randint(key, (), 0, 6)]
+
+  def step(theta, state, key):
+    del key
+    return state, state * jnp.sum(theta)
+
+  runs = base.UnrolledProblem(lambda key: jnp.int32(4), init, step)
+  gradients = {}
+  for clip_norm in (None, 2.0):
+    estimator = backprop.build(runs, num_runs=1, clip_norm=clip_norm, **options)
+    estimate = jax.jit(estimator.estimate)
+    for seed in range(40):
+      key, vector = jax.random.key(seed), jnp.full(4, 1e-3, jnp.float32)
+      gradient, _, _ = estimate(key, vector, estimator.init(key, vector))
+      gradients.setdefault(clip_norm, []).append(np.asarray(gradient, np.float64))
+  plain, clipped = (np.array(gradients[norm]) for norm in (None, 2.0))
+  finite = np.isfinite(plain).all(axis=1)
+  norms = np.linalg.norm(plain[finite], axis=1, keepdims=True)
+  assert not finite.all()
+  assert norms.max() > 1e20
+  assert norms.min() < 1
+  np.testing.assert_allclose(clipped[finite], plain[finite] * np.minimum(1, 2 / np.maximum(norms, 1e-99)), rtol=1e-5)
+  np.testing.assert_array_equal(clipped[~finite], 0.0)
+
+
 @pytest.mark.parametrize("horizon", [7, 50])  # 7: an episode ends in every second window
 def test_truncated_es_tends_to_truncated_backpropagation(horizon):
   """As σ → 0 a pair's estimate is ε (ε·g)/σ², with g the gradient of the same window by backpropagation."""
