@@ -266,7 +266,7 @@ def _definitions(tuned_for: str) -> str:
 
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 78rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 92rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd } img { max-width: min(100%, 62rem) }
 .verdict { max-width: 62rem; border-left: 4px solid #D55E00; padding-left: .8rem }
 .note { color: #666; font-size: .85rem } .wide { overflow-x: auto }
