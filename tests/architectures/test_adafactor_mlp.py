@@ -119,7 +119,7 @@ def test_derivatives_are_those_of_the_plain_implementation(shape):
   weights = published_weights(3)
   params = rng.normal(size=shape)
   gradients = rng.normal(size=(2, *shape))
-  direction = jax.tree.map(lambda w: rng.normal(size=np.shape(w)), weights)
+  direction: Any = jax.tree.map(lambda w: rng.normal(size=np.shape(w)), weights)
 
   def plain(h):
     reference = NumpyOptimizer(jax.tree.map(lambda w, d: w + h * d, weights, direction), shape)
