@@ -119,14 +119,14 @@ def test_derivatives_are_those_of_the_plain_implementation(shape):
   weights = published_weights(3)
   params = rng.normal(size=shape)
   gradients = rng.normal(size=(2, *shape))
-  direction: Any = jax.tree.map(lambda w: rng.normal(size=np.shape(w)), weights)
+  direction = jax.tree.map(lambda w: rng.normal(size=np.shape(w)), weights)
 
   def plain(h):
     reference = NumpyOptimizer(jax.tree.map(lambda w, d: w + h * d, weights, direction), shape)
     return sum((np.cos(1e3 * reference.update(g, params)) * params).sum() for g in gradients)
 
   def ours(weights):
-    tx = adafactor_mlp.build().transform(weights, 10)
+    tx: Any = adafactor_mlp.build().transform(weights, 10)
     state = tx.init(jnp.asarray(params))
     result = jnp.zeros(())
     for g in gradients:
