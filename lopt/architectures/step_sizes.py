@@ -161,15 +161,19 @@ def learned(optimizer: base.LearnedOptimizer, hidden_size: int) -> base.LearnedO
 
 
 def anneal(num_steps: Any, base_steps: int) -> optax.GradientTransformationExtraArgs:
-  """Multiplies the update of step t = 0, 1, … by √(base / T) ½ (1 + cos(π t / T)), and by 0 from T = `num_steps` on.
+  """Multiplies the update of step t = 0, 1, … < T = `num_steps` by
 
-  The cosine is that of Loshchilov and Hutter 2017 (arXiv:1608.03983), without restarts. The root makes longer runs
-  take smaller steps: the distance that T steps of random direction go is then the same for every T. T may be an
-  array, as in meta-training, which `optax.cosine_decay_schedule` does not take.
+      min(√(base / T), base / T) ½ (1 + cos(π t / T)),
+
+  and by 0 from then on. The cosine is that of Loshchilov and Hutter 2017 (arXiv:1608.03983), without restarts. With
+  the root, T steps of random direction go equally far for every T; in runs longer than `base`, the longest of
+  meta-training, steps that all have one direction do, since in those relative steps might compound for longer than in
+  any run that was seen. T may be an array, as in meta-training, which `optax.cosine_decay_schedule` does not take.
   """
 
   def factor(count: Any) -> base.Scalar:
-    return 0.5 * jnp.sqrt(base_steps / num_steps) * (1 + jnp.cos(jnp.pi * jnp.minimum(count / num_steps, 1.0)))
+    size = jnp.minimum(jnp.sqrt(base_steps / num_steps), base_steps / num_steps)
+    return 0.5 * size * (1 + jnp.cos(jnp.pi * jnp.minimum(count / num_steps, 1.0)))
 
   return optax.with_extra_args_support(optax.scale_by_schedule(factor))
 
