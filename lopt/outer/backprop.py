@@ -161,8 +161,7 @@ def _clipped(gradients: Float[Array, "N P"], norm: float | None) -> Float[Array,
   """Each run's gradient scaled down to at most this norm; 0 for those that are not finite."""
   if norm is None:
     return gradients
-  finite = jnp.all(jnp.isfinite(gradients), axis=1, keepdims=True)
-  gradients = jnp.where(finite, gradients, 0.0)
+  gradients = unrolls.finite_or_zero(gradients)
   # The square of a float32 above 10^19 overflows.
   largest = jnp.maximum(jnp.max(jnp.abs(gradients), axis=1, keepdims=True), 1.0)
   scaled = gradients / largest

@@ -239,8 +239,12 @@ def differentiate_window(
 
 def without_capped(gradients: Float[Array, "groups P"], diverged: Bool[Array, " groups"]) -> Float[Array, "groups P"]:
   """Gradients, 0 for groups that diverged beyond what has a derivative: reverse mode makes NaN of 0 × ∞ there."""
-  finite = jnp.all(jnp.isfinite(gradients), axis=1)
-  return jnp.where((diverged & ~finite)[:, None], 0.0, gradients)
+  return jnp.where(diverged[:, None], finite_or_zero(gradients), gradients)
+
+
+def finite_or_zero(gradients: Float[Array, "groups P"]) -> Float[Array, "groups P"]:
+  """Gradients, 0 for groups whose own is not finite."""
+  return jnp.where(jnp.all(jnp.isfinite(gradients), axis=1, keepdims=True), gradients, 0.0)
 
 
 def unroll_episode(
