@@ -110,13 +110,19 @@ def held_out_suites(names: list[str]) -> dict[str, dict[str, Member]]:
   if unknown := [name for name in names if name not in there]:
     raise configuration.ConfigError(f"--suite: no {unknown[0]!r}; there are: {', '.join(there)}, all")
 
-  def member(section: dict[str, Any], where: str) -> Member:
+  everywhere = content["evaluation"]
+  seed = everywhere["seed"] if SEED.value is None else SEED.value
+
+  def member(section: dict[str, Any], where: str, seed: int) -> Member:
     section = dict(section)
-    options = {**content["evaluation"], "num_steps": section.pop("num_steps", content["evaluation"]["num_steps"])}
+    options = {**everywhere, "seed": seed, "num_steps": section.pop("num_steps", everywhere["num_steps"])}
     return Member(configuration.build("tasks", section, where=where), options)
 
   return {
-    suite: {name: member(section, f"suites.{suite}.{name}") for name, section in there[suite].items()}
+    suite: {
+      name: member(there[suite][name], f"suites.{suite}.{name}", own)
+      for name, own in evaluation.seeds_of_families(seed, there[suite]).items()
+    }
     for suite in names
   }
 
@@ -130,11 +136,12 @@ def own_tasks(optimizer: trained.TrainedOptimizer, path: str) -> dict[str, dict[
     )
   families = configuration.task_families(config["task"], where="config.task")
   options = {"seed": config["seed"], **config["evaluation"]}
-  own = {name: Member(family, options) for name, (family, _) in families.items()}
+  seeds = evaluation.seeds_of_families(options["seed"] if SEED.value is None else SEED.value, families)
+  own = {name: Member(family, {**options, "seed": seeds[name]}) for name, (family, _) in families.items()}
   if NUM_STEPS.value:
     return {"held-out tasks": own}
-  longer = {**options, "num_steps": BEYOND * options["num_steps"]}
-  beyond = {f"{name}, {BEYOND} times as long": Member(family, longer) for name, (family, _) in families.items()}
+  longer = {"num_steps": BEYOND * options["num_steps"]}
+  beyond = {f"{name}, {BEYOND} times as long": Member(x.family, x.options | longer) for name, x in own.items()}
   return {"held-out tasks": own, "longer runs": beyond}
 
 
@@ -143,7 +150,7 @@ def compare(
 ) -> dict[str, comparison.Comparison]:
   """Trains with all optimizers on all members of a suite."""
   settings = {"num_tasks": NUM_TASKS.value, "num_seeds": NUM_SEEDS.value, "num_steps": NUM_STEPS.value}
-  settings = {name: x for name, x in (settings | {"seed": SEED.value}).items() if x is not None}
+  settings = {name: x for name, x in settings.items() if x is not None}
   compared = {}
   for name, member in members.items():
 

@@ -321,8 +321,9 @@ def main(argv: list[str]) -> None:
   trained.export(path, theta, config, outer_steps=experiment.num_outer_steps)
   options = {"seed": experiment.seed, "progress": lambda stage: print(f"evaluation: {stage}", flush=True)}
   options |= experiment.evaluation
+  seeds = evaluation.seeds_of_families(options.pop("seed"), experiment.families)
   comparisons = {
-    name: evaluation.compare(family, {"learned": (experiment.architecture, theta)}, **options)
+    name: evaluation.compare(family, {"learned": (experiment.architecture, theta)}, seed=seeds[name], **options)
     for name, (family, _) in experiment.families.items()
   }
   picture = report.write_all(comparisons, workdir)

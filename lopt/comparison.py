@@ -144,7 +144,8 @@ class Summary(NamedTuple):
   """One optimizer, over all tasks of one comparison or of several."""
 
   speed_up: Interval
-  """The interquartile mean over tasks, and its interval for other seeds; likewise the next."""
+  """The interquartile mean over tasks, with its interval for other tasks of the same families and other seeds;
+  likewise the next."""
   relative_loss: Interval
   median_speed_up: float
   """The median over tasks."""
@@ -176,13 +177,16 @@ def summarize(comparisons: Sequence[Comparison], name: str) -> Summary:
   evaluations = [c.evaluations[name] for c in comparisons]
   own = [m for e in evaluations for m in e.measures]
   speed_ups = np.array([m.speed_up for m in own])
-  relative = np.array([m.relative_loss for m in own])
-  resampled_speed_ups, resampled_relative = (
-    np.concatenate(x, axis=1) for x in zip(*(e.resamples for e in evaluations), strict=True)
-  )
-  # Not where Adam's loss is 0, on all seeds or on those of a resample; of a single seed there are no resamples.
-  without = np.isnan(resampled_relative)
-  there = ~np.isnan(relative) & (~without.any(axis=0) | without.all(axis=0))
+  resampled_speed_ups, relative, resampled_relative = [], [], []
+  for i, (comparison, e) in enumerate(zip(comparisons, evaluations, strict=True)):
+    draw = comparison.seed, i  # of tasks: the same for all optimizers, another one for each comparison
+    resampled_speed_ups.append(measures.redrawn_tasks(e.resamples.speed_up, draw))
+    # Not where Adam's loss is 0, on all seeds or on those of a resample; of a single seed there are no resamples.
+    without = np.isnan(e.resamples.relative_loss)
+    values = np.array([m.relative_loss for m in e.measures])
+    there = ~np.isnan(values) & (~without.any(axis=0) | without.all(axis=0))
+    relative.append(values[there])
+    resampled_relative.append(measures.redrawn_tasks(e.resamples.relative_loss[:, there], draw))
   accuracies = [m.test_metrics["accuracy"] for m in own if "accuracy" in m.test_metrics]
   times = None
   if all(c.seconds_per_step for c in comparisons):
@@ -190,8 +194,8 @@ def summarize(comparisons: Sequence[Comparison], name: str) -> Summary:
   per_task = np.repeat(times or np.nan, [len(c.tasks) for c in comparisons] if times else len(own))
   rivals = [set(c.baselines) for c in comparisons]
   return Summary(
-    speed_up=measures.summarize(speed_ups, resampled_speed_ups),
-    relative_loss=measures.summarize(relative[there], resampled_relative[:, there]),
+    speed_up=measures.summarize(speed_ups, np.concatenate(resampled_speed_ups, axis=1)),
+    relative_loss=measures.summarize(np.concatenate(relative), np.concatenate(resampled_relative, axis=1)),
     median_speed_up=float(np.median(speed_ups)),
     bounds=sum(m.speed_up_is_bound for m in own),
     num_tasks=len(own),

@@ -21,7 +21,7 @@ import math
 import operator
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -288,6 +288,15 @@ def build_metrics(
     }
 
   return metrics
+
+
+def seeds_of_families(seed: int, names: Collection[str]) -> dict[str, int]:
+  """One seed for each of the families that are compared together; of a single one `seed` itself.
+
+  With the same one, families that differ in their data or networks only would draw the same activations, scales and
+  numbers of classes: fewer independent tasks than it seems.
+  """
+  return {name: zlib.crc32(name.encode(), seed) if len(names) > 1 else seed for name in names}
 
 
 def sample_tasks(family: TaskFamily, seed: int, purpose: str, num_tasks: int) -> Tasks:

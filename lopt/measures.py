@@ -8,10 +8,11 @@ Where the measures come from:
   fixed training batches (see `evaluation`), because the minimum of many noisy losses would flatter Adam;
 - final loss relative to tuned Adam's, and the interquartile mean over tasks of both: Moudgil et al. 2025, "Celo"
   (arXiv 2501.12670; there the ratio is the other way up, so that more is better);
-- interquartile mean with stratified bootstrap intervals: Agarwal et al. 2021, "Deep Reinforcement Learning at the
-  Edge of the Statistical Precipice" (arXiv 2108.13264).
+- interquartile mean with bootstrap intervals: Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the
+  Statistical Precipice" (arXiv 2108.13264). There tasks are given and seeds are drawn; here tasks are drawn as well.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -91,6 +92,15 @@ def resampled_means(
   return np.stack([np.tensordot(w, x, axes=1) for w, x in zip(weights, values.astype(np.float32), strict=True)])
 
 
+def redrawn_tasks(
+  resamples: Float[np.ndarray, "resamples tasks"], seed: int | Sequence[int]
+) -> Float[np.ndarray, "resamples tasks"]:
+  """As many tasks drawn with replacement in each resample: the level above `resampled_means` of seeds."""
+  num_tasks = resamples.shape[1]
+  draws = (np.random.default_rng(seed).random(resamples.shape) * num_tasks).astype(int)
+  return np.take_along_axis(resamples, draws, axis=1)
+
+
 class Interval(NamedTuple):
   """An estimate with its confidence interval; NaN bounds where there is one seed only."""
 
@@ -105,9 +115,9 @@ def interquartile_mean(values: Float[np.ndarray, "*some tasks"]) -> Float[np.nda
 
 
 def summarize(values: Float[np.ndarray, " tasks"], resamples: Float[np.ndarray, "resamples tasks"]) -> Interval:
-  """The interquartile mean over tasks, with the 95% percentile interval of the stratified bootstrap over seeds.
+  """The interquartile mean over tasks, with the 95% percentile interval of the bootstrap.
 
-  The tasks are taken as given: the interval is about other seeds, not about other tasks.
+  Of `resampled_means` the interval is about other seeds, of `redrawn_tasks` of these about other tasks, too.
   """
   tail = 50 * (1 - CONFIDENCE)
   low, high = np.percentile(interquartile_mean(resamples), [tail, 100 - tail])

@@ -122,9 +122,9 @@ def page(suites: Suites, about: About, summary: bytes) -> str:
     f"<h1>{_text(' and '.join(names))}, beside tuned baselines</h1>",
     verdicts,
     _image(summary, "Speed-up over tuned Adam"),
-    f"<p class=note>Dots: interquartile means over tasks. Lines: their 95% intervals for other seeds. Ticks: tasks. "
-    f"Right of 1, {REFERENCE} takes longer. It was trained {evaluation.REFERENCE_FACTOR} times as long: that is the "
-    "largest speed-up to be seen, and tasks on which it is reached count with it.</p>",
+    "<p class=note>Dots: interquartile means over tasks. Lines: their 95% intervals for other tasks and seeds. "
+    f"Ticks: tasks. Right of 1, {REFERENCE} takes longer. It was trained {evaluation.REFERENCE_FACTOR} times as "
+    "long: that is the largest speed-up to be seen, and tasks on which it is reached count with it.</p>",
     f"<h2>Over all {sum(len(c.tasks) for c in everything)} tasks</h2>",
     _table([report.summary_header(everything), *rows], names),
     _definitions(report.tuned_for(everything[0])),
@@ -248,9 +248,9 @@ def _definitions(tuned_for: str) -> str:
 <dt>speed-up<dd>The steps that {REFERENCE} needs to get to the loss that the optimizer ends with, divided by the
   optimizer's; losses are those of fixed training batches, the same for all. {REFERENCE} may take the best of all
   its learning rates for each number of steps, so its own one best rate is at 1 or below (Metz et al. 2022, VeLO).
-  Interquartile mean over tasks with a 95% interval from a stratified bootstrap over seeds (Agarwal et al. 2021);
-  tasks are taken as given. “k ≥”: tasks on which {REFERENCE} did not get there in {evaluation.REFERENCE_FACTOR} times
-  the steps.
+  Interquartile mean over tasks (Agarwal et al. 2021) with a 95% interval from a bootstrap over the tasks of each
+  family and the seeds of each task. “k ≥”: tasks on which {REFERENCE} did not get there in
+  {evaluation.REFERENCE_FACTOR} times the steps.
 <dt>median<dd>Of the same, over tasks.
 <dt>final loss ÷ Adam's<dd>Training loss after the last step, on fixed batches, divided by tuned {REFERENCE}'s; below
   1 is better. Interquartile mean and interval as above.

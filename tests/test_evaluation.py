@@ -388,6 +388,16 @@ def test_resamples_repeat_the_measures_on_other_seeds(family, compared):
       assert min(distance) < 0.1  # float32 against float64, after hundreds of steps
 
 
+def test_families_compared_together_have_tasks_of_their_own(family):
+  assert evaluation.seeds_of_families(3, ["one"]) == {"one": 3}
+  seeds = evaluation.seeds_of_families(3, ["one", "other"])
+  keys = [evaluation.sample_tasks(family, seed, evaluation.HELD_OUT, 4).keys for seed in seeds.values()]
+  assert len(np.unique(jax.random.key_data(jnp.concatenate(keys)), axis=0)) == 8
+  assert (
+    seeds == evaluation.seeds_of_families(3, ["other", "one"]) != evaluation.seeds_of_families(4, ["one", "other"])
+  )
+
+
 def test_tasks_are_described_by_their_small_parameters(family, compared):
   curvatures = [task_and_start(family, 1, evaluation.HELD_OUT, i, 0)[0] for i in range(4)]
   assert compared.tasks == tuple(f"curvature {curvature:.3g}" for curvature in curvatures)
@@ -408,7 +418,7 @@ def test_summary_over_tasks(compared):
     middle = sorted(m.speed_up for m in e.measures)[1:3]
     assert summary.speed_up.value == summary.median_speed_up == pytest.approx(np.mean(middle))
     assert summary.speed_up.low <= summary.speed_up.high
-    resampled = np.sort(e.resamples.speed_up, axis=1)[:, 1:3].mean(axis=1)
+    resampled = np.sort(measures.redrawn_tasks(e.resamples.speed_up, (compared.seed, 0)), axis=1)[:, 1:3].mean(axis=1)
     assert summary.speed_up.low == pytest.approx(np.percentile(resampled, 2.5))
     assert summary.speed_up.high == pytest.approx(np.percentile(resampled, 97.5))
     assert summary.rank == pytest.approx(np.mean([m.rank for m in e.measures]))

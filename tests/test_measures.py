@@ -107,6 +107,46 @@ def test_the_interval_agrees_with_scipys_stratified_bootstrap():
   assert (own.low, own.high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.06)
 
 
+def test_redrawn_tasks_are_drawn_from_the_same_resample():
+  resamples = np.arange(measures.NUM_RESAMPLES)[:, None] + np.array([0.1, 0.2, 0.3])
+  drawn = measures.redrawn_tasks(resamples, (0, 1))
+  np.testing.assert_array_equal(np.floor(drawn), np.floor(resamples))
+  counts = np.unique((drawn % 1).round(1), return_counts=True)[1]
+  assert counts == pytest.approx(np.full(3, measures.NUM_RESAMPLES), abs=130)  # 5 standard errors
+  assert len(np.unique((drawn % 1).round(1), axis=0)) == 27  # every way to draw three of three
+  np.testing.assert_array_equal(measures.redrawn_tasks(-resamples, (0, 1)), -drawn)  # optimizers stay together
+  assert (measures.redrawn_tasks(resamples, (0, 2)) != drawn).any()
+  assert measures.redrawn_tasks(resamples[:, :0], 0).shape == (measures.NUM_RESAMPLES, 0)
+
+
+def test_the_interval_over_tasks_agrees_with_scipys_bootstrap():
+  values = np.random.default_rng(0).normal(size=11)  # runs without noise: tasks are all that is drawn
+  own = measures.summarize(values, measures.redrawn_tasks(np.tile(values, (measures.NUM_RESAMPLES, 1)), 0))
+  theirs = stats.bootstrap(
+    (values,),
+    lambda x, axis: stats.trim_mean(x, 0.25, axis=axis),
+    n_resamples=4000,
+    method="percentile",
+    rng=np.random.default_rng(1),
+  )
+  # The standard error of such a bound, of 1000 resamples, is about 0.03.
+  assert (own.low, own.high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.1)
+
+
+def test_the_interval_covers_the_family_that_tasks_are_drawn_from():
+  """Its interquartile mean of means, 1.5; seeds alone would cover it in a few repetitions only."""
+  rng = np.random.default_rng(0)
+  covered = {"tasks": [], "seeds": []}
+  for repetition in range(200):
+    values = 1.5 + rng.normal(size=(20, 1)) + rng.normal(size=(20, 10)) * 0.2
+    resamples = measures.resampled_means(values, repetition).T
+    for name, x in {"seeds": resamples, "tasks": measures.redrawn_tasks(resamples, repetition)}.items():
+      interval = measures.summarize(values.mean(axis=1), x)
+      covered[name].append(interval.low <= 1.5 <= interval.high)
+  assert 0.87 <= np.mean(covered["tasks"]) <= 0.99
+  assert np.mean(covered["seeds"]) < 0.5
+
+
 def test_the_interval_covers():
   """The truth, the mean over given tasks of a normal distribution's mean, in nearly 95% of repetitions."""
   rng = np.random.default_rng(0)
