@@ -24,7 +24,7 @@ reproduce-pretrained: .venv/runtime  ## train again what comes with lopt: NAME=m
 	  --workdir=runs/pretrained/$(NAME)
 
 report: .venv/runtime  ## compare what comes with lopt with tuned Adam on held-out suites, into runs/report/report.html
-	$(BIN)/python experiments/evaluate.py --optimizer=adafactor_mlp,mlp,lstm --suite=$(SUITE) --num_tasks=2 \
+	$(BIN)/python experiments/evaluate.py --optimizer=adafactor_mlp,mlp,lstm --suite=$(SUITE) \
 	  --baselines=adam_cosine --output=runs/report
 
 evaluate: .venv/runtime  ## compare the optimizer trained in WORKDIR with tuned baselines on held-out tasks

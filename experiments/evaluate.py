@@ -115,7 +115,8 @@ def held_out_suites(names: list[str]) -> dict[str, dict[str, Member]]:
 
   def member(section: dict[str, Any], where: str, seed: int) -> Member:
     section = dict(section)
-    options = {**everywhere, "seed": seed, "num_steps": section.pop("num_steps", everywhere["num_steps"])}
+    own = {name: section.pop(name) for name in ("num_steps", "num_tasks") if name in section}
+    options = {**everywhere, **own, "seed": seed}
     return Member(configuration.build("tasks", section, where=where), options)
 
   return {

@@ -3,7 +3,8 @@
     python experiments/evaluate.py --optimizer=runs/mixture --suite=architecture,horizon
 
 The axes are seen from `configs/mixture.py`, whose optimizers train small MLP classifiers of digits, and surfaces, for
-50 to 200 steps. A suite is `{member: task section}`; `num_steps` in a section is the length of its runs.
+50 to 200 steps. A suite is `{member: task section}`; `num_steps` in a section is the length of its runs,
+`num_tasks` how many are drawn.
 """
 
 import pathlib
@@ -15,12 +16,13 @@ from lopt import configuration
 mixture = configuration.load(pathlib.Path(__file__).parent / "configs" / "mixture.py")
 
 MLP = mixture.MLP
+FEWER = {"num_tasks": 4}  # where a run takes long
 REPARAMETRIZED = {"augmentation": {"reparametrization": (1e-3, 1e3)}}
 
 
 def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
-  config.evaluation = {"seed": 0, "num_tasks": 4, "num_seeds": 5, "num_steps": 200}
+  config.evaluation = {"seed": 0, "num_tasks": 8, "num_seeds": 5, "num_steps": 200}
   config.suites = {
     # The families of meta-training with fresh tasks and seeds.
     "fresh": mixture.FAMILIES,
@@ -39,19 +41,19 @@ def get_config() -> ml_collections.ConfigDict:
       "25_times": {**MLP, "num_steps": 5_000},
     },
     "architecture": {
-      "cnn": {"name": "cnn_classifier"},
-      "resnet": {"name": "resnet_classifier"},
-      "transformer": {"name": "vision_transformer"},
+      "cnn": {"name": "cnn_classifier", **FEWER},
+      "resnet": {"name": "resnet_classifier", **FEWER},
+      "transformer": {"name": "vision_transformer", **FEWER},
     },
     "loss": {
-      "autoencoder": {"name": "mlp_autoencoder"},
-      "vae": {"name": "mlp_vae"},
-      "rnn_language": {"name": "rnn_language_model"},
-      "transformer_language": {"name": "transformer_language_model"},
+      "autoencoder": {"name": "mlp_autoencoder", **FEWER},
+      "vae": {"name": "mlp_vae", **FEWER},
+      "rnn_language": {"name": "rnn_language_model", **FEWER},
+      "transformer_language": {"name": "transformer_language_model", **FEWER},
     },
     "reparametrized": {
       "mlp": {**MLP, **REPARAMETRIZED},
-      "cnn": {"name": "cnn_classifier", **REPARAMETRIZED},
+      "cnn": {"name": "cnn_classifier", **REPARAMETRIZED, **FEWER},
     },
   }
   return config
