@@ -83,13 +83,6 @@ class Measures(NamedTuple):
   """How the learning rate was chosen; None where none was."""
 
 
-class Resamples(NamedTuple):
-  """Of the stratified bootstrap over seeds (`measures.resampled_means`); NaN where there is one seed only."""
-
-  speed_up: Float[np.ndarray, "resamples tasks"]
-  relative_loss: Float[np.ndarray, "resamples tasks"]
-
-
 class Evaluation(NamedTuple):
   """One optimizer on all tasks."""
 
@@ -97,7 +90,6 @@ class Evaluation(NamedTuple):
   """One a task."""
   curves: Float[np.ndarray, "tasks seeds T"]
   """The training losses."""
-  resamples: Resamples
 
 
 class Ladder(NamedTuple):
@@ -177,16 +169,7 @@ def summarize(comparisons: Sequence[Comparison], name: str) -> Summary:
   evaluations = [c.evaluations[name] for c in comparisons]
   own = [m for e in evaluations for m in e.measures]
   speed_ups = np.array([m.speed_up for m in own])
-  resampled_speed_ups, relative, resampled_relative = [], [], []
-  for i, (comparison, e) in enumerate(zip(comparisons, evaluations, strict=True)):
-    draw = comparison.seed, i  # of tasks: the same for all optimizers, another one for each comparison
-    resampled_speed_ups.append(measures.redrawn_tasks(e.resamples.speed_up, draw))
-    # Not where Adam's loss is 0, on all seeds or on those of a resample; of a single seed there are no resamples.
-    without = np.isnan(e.resamples.relative_loss)
-    values = np.array([m.relative_loss for m in e.measures])
-    there = ~np.isnan(values) & (~without.any(axis=0) | without.all(axis=0))
-    relative.append(values[there])
-    resampled_relative.append(measures.redrawn_tasks(e.resamples.relative_loss[:, there], draw))
+  relative = [np.array([m.relative_loss for m in e.measures if not np.isnan(m.relative_loss)]) for e in evaluations]
   accuracies = [m.test_metrics["accuracy"] for m in own if "accuracy" in m.test_metrics]
   times = None
   if all(c.seconds_per_step for c in comparisons):
@@ -194,8 +177,8 @@ def summarize(comparisons: Sequence[Comparison], name: str) -> Summary:
   per_task = np.repeat(times or np.nan, [len(c.tasks) for c in comparisons] if times else len(own))
   rivals = [set(c.baselines) for c in comparisons]
   return Summary(
-    speed_up=measures.summarize(speed_ups, np.concatenate(resampled_speed_ups, axis=1)),
-    relative_loss=measures.summarize(np.concatenate(relative), np.concatenate(resampled_relative, axis=1)),
+    speed_up=measures.summarize([np.array([m.speed_up for m in e.measures]) for e in evaluations]),
+    relative_loss=measures.summarize(relative),
     median_speed_up=float(np.median(speed_ups)),
     bounds=sum(m.speed_up_is_bound for m in own),
     num_tasks=len(own),
@@ -224,32 +207,20 @@ def summarize(comparisons: Sequence[Comparison], name: str) -> Summary:
 def evaluate(
   runs: Mapping[str, Runs],
   tuning: Mapping[str, Sequence[Tuning]],
-  ladder: Ladder,
   envelope: Envelope,
   num_steps: int,
-  seed: int,
 ) -> dict[str, Evaluation]:
   """Measures of runs [tasks, seeds, ...] by optimizer, measured after T steps; `tuning` has those that were tuned."""
-  num_tasks, num_seeds = runs[REFERENCE].held_out_loss.shape
+  num_tasks = len(runs[REFERENCE].held_out_loss)
   losses = {name: to_float64(x.losses) for name, x in runs.items()}
   finals = {name: to_float64(x.train_losses)[..., -1] for name, x in runs.items()}  # [tasks, seeds]
   final_loss = {name: x.mean(axis=1) for name, x in finals.items()}
   ranks = dict(zip(runs, measures.ranks(np.stack(list(final_loss.values()))), strict=True))
-  resampled = {name: measures.resampled_means(x, seed) for name, x in finals.items()}  # [tasks, resamples]
-  lowest = _resampled_envelope(ladder, seed) if num_seeds > 1 else None
-
-  def relative(own: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    return np.divide(own, reference, out=np.full_like(own, np.nan), where=reference > 0)
+  reference = final_loss[REFERENCE]
 
   def of_one(name: str) -> Evaluation:
     speed_ups, bounds = measures.speed_up(final_loss[name], envelope.losses, envelope.steps, num_steps)
-    relative_losses = relative(final_loss[name], final_loss[REFERENCE])
-    resamples = Resamples(*(np.full((measures.NUM_RESAMPLES, num_tasks), np.nan),) * 2)
-    if lowest is not None:
-      resamples = Resamples(
-        measures.speed_up(resampled[name], lowest, envelope.steps, num_steps)[0].T,
-        relative(resampled[name], resampled[REFERENCE]).T,
-      )
+    relative_losses = np.divide(final_loss[name], reference, out=np.full(num_tasks, np.nan), where=reference > 0)
     test_loss, diverged = to_float64(runs[name].held_out_loss), to_float64(runs[name].diverged)
     metrics = {metric: to_float64(x) for metric, x in runs[name].held_out_metrics.items()}
     return Evaluation(
@@ -272,20 +243,9 @@ def evaluate(
         for i in range(num_tasks)
       ),
       losses[name],
-      resamples,
     )
 
   return {name: of_one(name) for name in runs}
-
-
-def _resampled_envelope(ladder: Ladder, seed: int) -> Float[np.ndarray, "tasks resamples points"]:
-  """Rate by rate, because resamples × rates × points at once would be large."""
-  lowest = None
-  for rate in range(ladder.losses.shape[2]):
-    curves = measures.resampled_means(ladder.losses[:, :, rate], seed)
-    lowest = curves if lowest is None else np.minimum(lowest, curves)
-  assert lowest is not None
-  return np.minimum.accumulate(lowest, axis=-1)
 
 
 def to_float64(x: ArrayLike) -> np.ndarray:

@@ -168,7 +168,7 @@ def compare(
     some, tuning[name] = _unpack(arrays)
     runs |= some
   envelope = Envelope(ladder.steps, measures.envelope(ladder.losses.mean(axis=1)))
-  evaluations = comparison.evaluate(runs, tuning, ladder, envelope, num_steps, seed)
+  evaluations = comparison.evaluate(runs, tuning, envelope, num_steps)
   return Comparison(
     tasks=tuple(_describe(jax.tree.map(operator.itemgetter(i), tasks.params)) for i in range(num_tasks)),
     num_steps=num_steps,

@@ -248,8 +248,8 @@ def _definitions(tuned_for: str) -> str:
 <dt>speed-up<dd>The steps that {REFERENCE} needs to get to the loss that the optimizer ends with, divided by the
   optimizer's; losses are those of fixed training batches, the same for all. {REFERENCE} may take the best of all
   its learning rates for each number of steps, so its own one best rate is at 1 or below (Metz et al. 2022, VeLO).
-  Interquartile mean over tasks (Agarwal et al. 2021) with a 95% interval from a bootstrap over the tasks of each
-  family and the seeds of each task. “k ≥”: tasks on which {REFERENCE} did not get there in
+  Interquartile mean over tasks (Agarwal et al. 2021) with a 95% interval from a bootstrap over the tasks of
+  each family. “k ≥”: tasks on which {REFERENCE} did not get there in
   {evaluation.REFERENCE_FACTOR} times the steps.
 <dt>median<dd>Of the same, over tasks.
 <dt>final loss ÷ Adam's<dd>Training loss after the last step, on fixed batches, divided by tuned {REFERENCE}'s; below

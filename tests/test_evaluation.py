@@ -367,27 +367,6 @@ def test_adam_as_it_is_has_the_learning_rate_1e_3(family, compared):
   np.testing.assert_allclose(tests, expected, rtol=1e-4)  # after T steps, though training goes on
 
 
-def test_resamples_repeat_the_measures_on_other_seeds(family, compared):
-  """Every resample is one of the 27 ways to draw 3 seeds of 3; the same for the optimizer and for Adam."""
-  losses = adam_ladder(family)
-  for name, i in [*((name, i) for name in ("slow", "fast") for i in range(4))]:
-    starts = [task_and_start(family, 1, evaluation.HELD_OUT, i, j) for j in range(3)]
-    finals = np.array([sgd_curve(*start, {"fast": 0.2, "slow": 1e-4}[name], T + 1)[T] for start in starts])
-    best = baselines.LEARNING_RATES.index(compared.baselines["Adam"].measures[i].tuning.best)
-    adam = losses[i, :, best, T // 2]
-    possible = []
-    for draw in map(list, np.ndindex(3, 3, 3)):
-      lowest = np.minimum.accumulate(losses[i, draw].mean(axis=0).min(axis=0))
-      reached = np.interp(-finals[draw].mean(), -lowest, 2 * np.arange(2 * T + 1))
-      possible.append((reached / T, finals[draw].mean() / adam[draw].mean()))
-    resamples = compared.learned[name].resamples
-    seen = set(zip(resamples.speed_up[:, i].round(3), resamples.relative_loss[:, i].round(3), strict=True))
-    assert 1 < len(seen) <= 27 or (name == "fast" and 1 <= len(seen) <= 27)
-    for speed_up, relative in seen:
-      distance = [abs(speed_up - a) / max(a, 0.05) + abs(relative - b) / max(b, 0.01) for a, b in possible]
-      assert min(distance) < 0.1  # float32 against float64, after hundreds of steps
-
-
 def test_families_compared_together_have_tasks_of_their_own(family):
   assert evaluation.seeds_of_families(3, ["one"]) == {"one": 3}
   seeds = evaluation.seeds_of_families(3, ["one", "other"])
@@ -418,9 +397,7 @@ def test_summary_over_tasks(compared):
     middle = sorted(m.speed_up for m in e.measures)[1:3]
     assert summary.speed_up.value == summary.median_speed_up == pytest.approx(np.mean(middle))
     assert summary.speed_up.low <= summary.speed_up.high
-    resampled = np.sort(measures.redrawn_tasks(e.resamples.speed_up, (compared.seed, 0)), axis=1)[:, 1:3].mean(axis=1)
-    assert summary.speed_up.low == pytest.approx(np.percentile(resampled, 2.5))
-    assert summary.speed_up.high == pytest.approx(np.percentile(resampled, 97.5))
+    assert summary.speed_up == measures.summarize([np.array([m.speed_up for m in e.measures])])
     assert summary.rank == pytest.approx(np.mean([m.rank for m in e.measures]))
     assert (summary.relative_time, summary.wall_clock_speed_up, summary.test_accuracy) == (None, None, None)
   slow, adam, untuned = (comparison.summarize([compared], name) for name in ("slow", "Adam", "Adam at 1e-3"))
@@ -484,7 +461,7 @@ def test_a_second_comparison_trains_no_baseline_again(family, trained, tmp_path)
   for name, e in first.baselines.items():
     assert [m._replace(rank=0) for m in e.measures] == [m._replace(rank=0) for m in second.baselines[name].measures]
     np.testing.assert_array_equal(e.curves, second.baselines[name].curves)
-    np.testing.assert_array_equal(e.resamples.speed_up, second.baselines[name].resamples.speed_up)
+    assert [m.speed_up for m in e.measures] == [m.speed_up for m in second.baselines[name].measures]
   np.testing.assert_array_equal(first.envelope.losses, second.envelope.losses)
   assert not np.array_equal(first.learned["mine"].curves, second.learned["mine"].curves)
   compare(names=("SGDM", "Lion"))
@@ -591,11 +568,10 @@ def test_name_of_a_baseline_and_theta_of_another_architecture_are_refused():
     evaluation.compare(quadratic_family(), {}, **SIZES, baseline_names=("Adamm",))
 
 
-def test_one_seed_has_no_standard_error_and_no_interval(family, trained):
+def test_one_seed_has_no_standard_error(family, trained):
   sizes: dict[str, Any] = {**SIZES, "num_tasks": 2, "num_steps": 3}
   one = evaluation.compare(family, {}, **sizes, baseline_names=())
   summary = comparison.summarize([one], "Adam")
   m = one.baselines["Adam"].measures[0]
   assert math.isnan(m.mean_loss_error + m.final_loss_error + m.test_loss_error)
-  assert math.isfinite(summary.speed_up.value)
-  assert math.isnan(summary.speed_up.low + summary.speed_up.high)
+  assert math.isfinite(sum(summary.speed_up))

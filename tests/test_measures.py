@@ -1,7 +1,5 @@
 """Measures on curves made by hand, and summaries against scipy and against brute force."""
 
-import itertools
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -67,97 +65,37 @@ def test_interquartile_mean_on_known_numbers_and_against_scipy():
   np.testing.assert_allclose(measures.interquartile_mean(values), rows.mean(axis=1))
 
 
-def test_resampled_means_are_means_of_seeds_of_the_same_task():
-  values = np.array([[1.0, 10.0, 100.0], [2.0, 20.0, 200.0]])
-  means = measures.resampled_means(values, 0)
-  assert means.shape == (2, measures.NUM_RESAMPLES)
-  for task in range(2):
-    possible = np.unique([np.mean(draw) for draw in itertools.product(values[task], repeat=3)])
-    distance = np.abs(means[task][:, None] - possible).min(axis=1)
-    assert distance.max() < 1e-4
-    assert len(np.unique(means[task].round(3))) == len(possible)
-  # Paired: other values with the same shape are drawn alike, but tasks and rng seeds are not.
-  np.testing.assert_allclose(measures.resampled_means(3 * values, 0), 3 * means, rtol=1e-5)
-  assert not np.allclose(2 * means[0], means[1])
-  assert not np.allclose(measures.resampled_means(values, 1), means)
-
-
-def test_resampled_means_of_curves_are_those_of_their_points():
-  values = np.random.default_rng(0).normal(size=(2, 4, 6))
-  means = measures.resampled_means(values, 3)
-  assert means.shape == (2, measures.NUM_RESAMPLES, 6)
-  for point in range(6):
-    np.testing.assert_allclose(
-      means[..., point], measures.resampled_means(values[..., point], 3), rtol=1e-5, atol=1e-6
-    )
-
-
 def test_the_interval_agrees_with_scipys_stratified_bootstrap():
-  values = np.random.default_rng(0).normal(size=(6, 5))
-  own = measures.summarize(values.mean(axis=1), measures.resampled_means(values, 0).T)
+  values = np.random.default_rng(0).normal(size=17)
+  families = values[:11], values[11:] + 1
+  own = measures.summarize(families)
 
-  def statistic(*tasks, axis):
-    return stats.trim_mean(np.stack([task.mean(axis=axis) for task in tasks], axis=-1), 0.25, axis=-1)
+  def statistic(*families, axis):
+    return stats.trim_mean(np.concatenate(families, axis=axis), 0.25, axis=axis)
 
-  theirs = stats.bootstrap(
-    tuple(values), statistic, n_resamples=4000, method="percentile", rng=np.random.default_rng(1)
-  )
-  assert own.value == pytest.approx(stats.trim_mean(values.mean(axis=1), 0.25))
-  # Of 1000 and 4000 resamples; the standard error of such a bound is about 0.02.
-  assert (own.low, own.high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.06)
-
-
-def test_redrawn_tasks_are_drawn_from_the_same_resample():
-  resamples = np.arange(measures.NUM_RESAMPLES)[:, None] + np.array([0.1, 0.2, 0.3])
-  drawn = measures.redrawn_tasks(resamples, (0, 1))
-  np.testing.assert_array_equal(np.floor(drawn), np.floor(resamples))
-  counts = np.unique((drawn % 1).round(1), return_counts=True)[1]
-  assert counts == pytest.approx(np.full(3, measures.NUM_RESAMPLES), abs=130)  # 5 standard errors
-  assert len(np.unique((drawn % 1).round(1), axis=0)) == 27  # every way to draw three of three
-  np.testing.assert_array_equal(measures.redrawn_tasks(-resamples, (0, 1)), -drawn)  # optimizers stay together
-  assert (measures.redrawn_tasks(resamples, (0, 2)) != drawn).any()
-  assert measures.redrawn_tasks(resamples[:, :0], 0).shape == (measures.NUM_RESAMPLES, 0)
-
-
-def test_the_interval_over_tasks_agrees_with_scipys_bootstrap():
-  values = np.random.default_rng(0).normal(size=11)  # runs without noise: tasks are all that is drawn
-  own = measures.summarize(values, measures.redrawn_tasks(np.tile(values, (measures.NUM_RESAMPLES, 1)), 0))
-  theirs = stats.bootstrap(
-    (values,),
-    lambda x, axis: stats.trim_mean(x, 0.25, axis=axis),
-    n_resamples=4000,
-    method="percentile",
-    rng=np.random.default_rng(1),
-  )
-  # The standard error of such a bound, of 1000 resamples, is about 0.03.
+  theirs = stats.bootstrap(families, statistic, n_resamples=4000, method="percentile", rng=np.random.default_rng(1))
+  assert own.value == pytest.approx(stats.trim_mean(np.concatenate(families), 0.25))
+  # Of 1000 and 4000 resamples; the standard error of such a bound is about 0.03.
   assert (own.low, own.high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.1)
 
 
-def test_the_interval_covers_the_family_that_tasks_are_drawn_from():
-  """Its interquartile mean of means, 1.5; seeds alone would cover it in a few repetitions only."""
+def test_the_interval_is_about_other_tasks():
+  """What two families that tasks are drawn from have, 1.5, is in it in nearly 95% of repetitions."""
   rng = np.random.default_rng(0)
-  covered = {"tasks": [], "seeds": []}
-  for repetition in range(200):
-    values = 1.5 + rng.normal(size=(20, 1)) + rng.normal(size=(20, 10)) * 0.2
-    resamples = measures.resampled_means(values, repetition).T
-    for name, x in {"seeds": resamples, "tasks": measures.redrawn_tasks(resamples, repetition)}.items():
-      interval = measures.summarize(values.mean(axis=1), x)
-      covered[name].append(interval.low <= 1.5 <= interval.high)
-  assert 0.87 <= np.mean(covered["tasks"]) <= 0.99
-  assert np.mean(covered["seeds"]) < 0.5
-
-
-def test_the_interval_covers():
-  """The truth, the mean over given tasks of a normal distribution's mean, in nearly 95% of repetitions."""
-  rng = np.random.default_rng(0)
-  truth = np.array([0.0, 1.0, 2.0, 3.0])  # IQM 1.5
   covered = []
-  for repetition in range(200):
-    values = truth[:, None] + rng.normal(size=(4, 10)) * 0.2
-    interval = measures.summarize(values.mean(axis=1), measures.resampled_means(values, repetition).T)
+  for _ in range(200):
+    tasks = 1.5 + rng.normal(size=(2, 16)) + rng.normal(size=(2, 16, 10)).mean(axis=2)
+    interval = measures.summarize(list(tasks))
     covered.append(interval.low <= 1.5 <= interval.high)
-  # 10 seeds make the percentile interval √0.9 times too narrow: 93%; the standard error is 2%.
+  # 16 tasks make it √(15/16) times too narrow: 94%; the standard error is 2%.
   assert 0.87 <= np.mean(covered) <= 0.99
+
+
+def test_the_only_task_of_a_family_stays_and_alone_has_no_interval():
+  assert measures.summarize([np.array([2.0]), np.array([])]).value == 2
+  assert np.isnan(measures.summarize([np.array([2.0]), np.array([4.0])])[1:]).all()
+  low, high = measures.summarize([np.array([2.0]), np.array([4.0, 6.0])])[1:]
+  assert (low, high) == pytest.approx((10 / 3, 14 / 3))  # three tasks are too few for a quarter of them
 
 
 def test_ranks_share_places():

@@ -35,7 +35,7 @@ def compared(rates, timed=True):
   ladder = Ladder(np.arange(1, 4 * T + 1), np.stack([curves(1.0), curves(0.5)], axis=2))
   envelope = Envelope(ladder.steps, measures.envelope(ladder.losses.mean(axis=1)))
   tuning = [Tuning((1e-3, 1e-2, 1e-1), (3.0, 1.0, 2.0), 1e-2, True)] * TASKS
-  evaluations = comparison.evaluate(everyone, {"Adam": tuning, "Lion": tuning}, ladder, envelope, T, 0)
+  evaluations = comparison.evaluate(everyone, {"Adam": tuning, "Lion": tuning}, envelope, T)
   return Comparison(
     tasks=("a < b", "b", "c"),
     num_steps=T,
