@@ -20,6 +20,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Collection
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -111,7 +112,6 @@ def held_out_suites(names: list[str]) -> dict[str, dict[str, Member]]:
     raise configuration.ConfigError(f"--suite: no {unknown[0]!r}; there are: {', '.join(there)}, all")
 
   everywhere = content["evaluation"]
-  seed = everywhere["seed"] if SEED.value is None else SEED.value
 
   def member(section: dict[str, Any], where: str, seed: int) -> Member:
     section = dict(section)
@@ -122,7 +122,7 @@ def held_out_suites(names: list[str]) -> dict[str, dict[str, Member]]:
   return {
     suite: {
       name: member(there[suite][name], f"suites.{suite}.{name}", own)
-      for name, own in evaluation.seeds_of_families(seed, there[suite]).items()
+      for name, own in seeds(everywhere, there[suite]).items()
     }
     for suite in names
   }
@@ -137,13 +137,19 @@ def own_tasks(optimizer: trained.TrainedOptimizer, path: str) -> dict[str, dict[
     )
   families = configuration.task_families(config["task"], where="config.task")
   options = {"seed": config["seed"], **config["evaluation"]}
-  seeds = evaluation.seeds_of_families(options["seed"] if SEED.value is None else SEED.value, families)
-  own = {name: Member(family, {**options, "seed": seeds[name]}) for name, (family, _) in families.items()}
+  own = {
+    name: Member(families[name][0], {**options, "seed": seed}) for name, seed in seeds(options, families).items()
+  }
   if NUM_STEPS.value:
     return {"held-out tasks": own}
   longer = {"num_steps": BEYOND * options["num_steps"]}
   beyond = {f"{name}, {BEYOND} times as long": Member(x.family, x.options | longer) for name, x in own.items()}
   return {"held-out tasks": own, "longer runs": beyond}
+
+
+def seeds(options: dict[str, Any], names: Collection[str]) -> dict[str, int]:
+  """Of each family: from what `--seed` says, or else these options."""
+  return evaluation.seeds_of_families(options["seed"] if SEED.value is None else SEED.value, names)
 
 
 def compare(

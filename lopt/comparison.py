@@ -92,18 +92,11 @@ class Evaluation(NamedTuple):
   """The training losses."""
 
 
-class Ladder(NamedTuple):
-  """Adam's training losses at all of its learning rates, beyond the horizon T."""
-
-  steps: Int[np.ndarray, " points"]
-  """The numbers of steps after which they were measured: `measures.points`."""
-  losses: Float[np.ndarray, "tasks seeds rates points"]
-
-
 class Envelope(NamedTuple):
   """What Adam reached at the best of all learning rates, see `measures.envelope`; of the mean over seeds."""
 
   steps: Int[np.ndarray, " points"]
+  """The numbers of steps after which it was measured, beyond the horizon T: `measures.points`."""
   losses: Float[np.ndarray, "tasks points"]
 
 

@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lopt import base, baselines, cache, checks, comparison, inner_training, measures
 from lopt.base import LearnedOptimizer, PRNGKey, PyTree, Scalar, TaskFamily, TaskParams, Theta
-from lopt.comparison import REFERENCE, UNTUNED, Comparison, Envelope, Ladder, Runs, TunedFor, Tuning, to_float64
+from lopt.comparison import REFERENCE, UNTUNED, Comparison, Envelope, Runs, TunedFor, Tuning, to_float64
 from lopt.outer import parallel, unrolls
 
 HELD_OUT = "held-out"
@@ -141,12 +141,12 @@ def compare(
     points = measures.points(num_steps, REFERENCE_FACTOR * num_steps)
     train = build(optimizer, theta_per_task=True, points=tuple(points.tolist()))
     runs = train(baselines.theta_at(rates), tasks, seeds)
-    ladder = Ladder(points, np.asarray(runs.train_losses))
+    envelope = Envelope(points, measures.envelope(np.asarray(runs.train_losses).mean(axis=1)))
     at_horizon = points.tolist().index(num_steps)
     runs = runs._replace(train_losses=runs.train_losses[..., at_horizon : at_horizon + 1])
     columns = {REFERENCE: -1, UNTUNED: baselines.LEARNING_RATES.index(UNTUNED_RATE)}
     packed = _pack({name: _only(runs, index) for name, index in columns.items()}, tuning)
-    return packed | {f"ladder/{name}": x for name, x in ladder._asdict().items()}
+    return packed | {f"envelope/{name}": x for name, x in envelope._asdict().items()}
 
   learned = {name: train_learned(name, *value) for name, value in optimizers.items()}
   key = {"family": _fingerprint(family) if cache_folder else None, "tasks": num_tasks, "seeds": num_seeds}
@@ -162,12 +162,11 @@ def compare(
     name: cache.remember(cache_folder, {**key, "baseline": name}, functools.partial(train_baseline, name))
     for name in baseline_names
   }
-  ladder = Ladder(packed[REFERENCE]["ladder/steps"], packed[REFERENCE]["ladder/losses"])
+  envelope = Envelope(packed[REFERENCE]["envelope/steps"], packed[REFERENCE]["envelope/losses"])
   runs, tuning = dict(learned), {}
   for name, arrays in packed.items():
     some, tuning[name] = _unpack(arrays)
     runs |= some
-  envelope = Envelope(ladder.steps, measures.envelope(ladder.losses.mean(axis=1)))
   evaluations = comparison.evaluate(runs, tuning, envelope, num_steps)
   return Comparison(
     tasks=tuple(_describe(jax.tree.map(operator.itemgetter(i), tasks.params)) for i in range(num_tasks)),

@@ -422,6 +422,13 @@ def test_summary_of_several_comparisons_is_over_all_their_tasks(compared):
   assert two.wall_clock_speed_up == pytest.approx(np.mean(both[2:6]))
 
 
+def test_the_interval_of_several_comparisons_draws_the_tasks_of_each(compared):
+  slow = compared._replace(learned={"fast": compared.learned["slow"]})
+  families = [np.array([m.speed_up for m in c.learned["fast"].measures]) for c in (compared, slow)]
+  drawn_together = measures.summarize([np.concatenate(families)])
+  assert comparison.summarize([compared, slow], "fast").speed_up == measures.summarize(families) != drawn_together
+
+
 @pytest.fixture
 def trained(monkeypatch):
   """Runs are made up, so that there is nothing to compile; what was trained, by the name of its meta-parameter."""
@@ -461,7 +468,6 @@ def test_a_second_comparison_trains_no_baseline_again(family, trained, tmp_path)
   for name, e in first.baselines.items():
     assert [m._replace(rank=0) for m in e.measures] == [m._replace(rank=0) for m in second.baselines[name].measures]
     np.testing.assert_array_equal(e.curves, second.baselines[name].curves)
-    assert [m.speed_up for m in e.measures] == [m.speed_up for m in second.baselines[name].measures]
   np.testing.assert_array_equal(first.envelope.losses, second.envelope.losses)
   assert not np.array_equal(first.learned["mine"].curves, second.learned["mine"].curves)
   compare(names=("SGDM", "Lion"))

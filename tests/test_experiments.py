@@ -150,6 +150,8 @@ def test_suites_are_on_one_page(finished, environment, tmp_path):
     "horizon": ["25_times", "5_times"],
     "reparametrized": ["cnn", "mlp"],
   }
+  tasks = [x["tasks"] for x in content["suites"]["horizon"]["families"].values()]
+  assert tasks[0] != tasks[1]  # the same family twice, with a seed for each
   assert not (tmp_path / "runs").exists()
 
 

@@ -11,7 +11,7 @@ import pytest
 from matplotlib import image
 
 from lopt import comparison, measures, report_page
-from lopt.comparison import Comparison, Envelope, Ladder, Runs, Tuning
+from lopt.comparison import Comparison, Envelope, Runs, Tuning
 
 T, TASKS, SEEDS = 40, 3, 4
 
@@ -32,8 +32,8 @@ def compared(rates, timed=True):
 
   learned = {name: runs(rate, float(rate < 0)) for name, rate in rates.items()}
   everyone = learned | {"Adam": runs(1.0), "Adam at 1e-3": runs(0.5), "Lion": runs(0.8)}
-  ladder = Ladder(np.arange(1, 4 * T + 1), np.stack([curves(1.0), curves(0.5)], axis=2))
-  envelope = Envelope(ladder.steps, measures.envelope(ladder.losses.mean(axis=1)))
+  of_all_rates = np.stack([curves(1.0), curves(0.5)], axis=2)
+  envelope = Envelope(np.arange(1, 4 * T + 1), measures.envelope(of_all_rates.mean(axis=1)))
   tuning = [Tuning((1e-3, 1e-2, 1e-1), (3.0, 1.0, 2.0), 1e-2, True)] * TASKS
   evaluations = comparison.evaluate(everyone, {"Adam": tuning, "Lion": tuning}, envelope, T)
   return Comparison(
