@@ -20,8 +20,10 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from lopt import base, configuration, evaluation, files, inner_training
+from lopt import base, configuration, inner_training
+from lopt.evaluation import held_out
 from lopt.outer import meta_training, parallel, pes
+from lopt.runs import files
 
 ONLY = flags.DEFINE_list("only", None, "These architectures only.")
 OUTPUT = flags.DEFINE_string("output", "runs/architectures", "Folder of the table.")
@@ -80,8 +82,8 @@ def main(argv: list[str]) -> None:
   for name in names:
     begun = time.perf_counter()
     learned = configuration.build("architectures", {"name": name}, where="architecture")
-    train = evaluation.build_train(family, learned, num_steps=NUM_STEPS)
-    tasks = evaluation.sample_tasks(family, 0, evaluation.HELD_OUT, 16)
+    train = held_out.build_train(family, learned, num_steps=NUM_STEPS)
+    tasks = held_out.sample_tasks(family, 0, held_out.HELD_OUT, 16)
     both = jax.tree.map(lambda *x: jnp.stack(x), *meta_train(name, learned, family))
     losses = np.asarray(train(both, tasks, jnp.arange(2)).losses).mean(axis=(1, 3))  # [tasks, before and after]
     ratio = losses[:, 0].mean() / losses[:, 1].mean()

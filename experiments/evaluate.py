@@ -11,8 +11,8 @@ Suites are in experiments/suites.py; `--suite=all` is all of them. Writes report
 `--output`, which is the folder `evaluation` beside the optimizer unless told otherwise.
 
 Adam tuned for each task is always there, and by default SGD with momentum and Adam with a cosine schedule, of the
-common ones the hardest to beat; `--baselines=all` takes all of lopt/baselines.py, for which one waits longer. Their
-runs are kept in `--cache`, so that another optimizer on the same tasks costs its own runs only.
+common ones the hardest to beat; `--baselines=all` takes all of lopt/evaluation/baselines.py, for which one waits
+longer. Their runs are kept in `--cache`, so that another optimizer on the same tasks costs its own runs only.
 """
 
 import datetime
@@ -28,15 +28,19 @@ from typing import Any, NamedTuple, get_args
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from lopt import base, baselines, comparison, configuration, evaluation, report, report_page, tracking, trained
+from lopt import base, configuration
+from lopt.evaluation import baselines, comparison, held_out, report, report_page
 from lopt.outer import parallel
+from lopt.runs import tracking, trained
 
 OPTIMIZER = flags.DEFINE_list(
   "optimizer", None, "Trained optimizers: names, files or work directories, by commas.", required=True
 )
 CONFIG = configuration.define_flag("config", None, "Take the tasks from this configuration instead.")
 SUITE = flags.DEFINE_list("suite", None, "Compare on these held-out suites instead, or on all.")
-BASELINES = flags.DEFINE_list("baselines", ["sgdm", "adam_cosine"], "Functions of lopt/baselines.py, or all.")
+BASELINES = flags.DEFINE_list(
+  "baselines", ["sgdm", "adam_cosine"], "Functions of lopt/evaluation/baselines.py, or all."
+)
 TUNED_FOR = flags.DEFINE_enum(
   "tuned_for",
   "final_loss",
@@ -149,7 +153,7 @@ def own_tasks(optimizer: trained.TrainedOptimizer, path: str) -> dict[str, dict[
 
 def seeds(options: dict[str, Any], names: Collection[str]) -> dict[str, int]:
   """Of each family: from what `--seed` says, or else these options."""
-  return evaluation.seeds_of_families(options["seed"] if SEED.value is None else SEED.value, names)
+  return held_out.seeds_of_families(options["seed"] if SEED.value is None else SEED.value, names)
 
 
 def compare(
@@ -167,11 +171,11 @@ def compare(
     options = {"progress": say, "baseline_names": chosen, "cache_folder": CACHE.value or None}
     options["tuned_for"] = TUNED_FOR.value
     compared[name] = configuration.call(
-      evaluation.compare, member.options | settings | options, member.family, optimizers, where="config.evaluation"
+      held_out.compare, member.options | settings | options, member.family, optimizers, where="config.evaluation"
     )
     if TIMING.value:
       say("timing")
-      compared[name] = evaluation.with_times(compared[name], member.family, optimizers)
+      compared[name] = held_out.with_times(compared[name], member.family, optimizers)
   return compared
 
 

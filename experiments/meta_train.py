@@ -26,20 +26,10 @@ import jax
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from lopt import (
-  base,
-  checkpoints,
-  checks,
-  configuration,
-  evaluation,
-  files,
-  inner_training,
-  meta_parameters,
-  report,
-  tracking,
-  trained,
-)
-from lopt.outer import final_loss, late_losses, meta_training, mixture, parallel
+from lopt import base, checks, configuration, inner_training
+from lopt.evaluation import held_out, report
+from lopt.outer import final_loss, late_losses, meta_parameters, meta_training, mixture, parallel
+from lopt.runs import checkpoints, files, tracking, trained
 
 CONFIG = configuration.define_flag("config", str(Path(__file__).parent / "configs" / "digits.py"), "What to run.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Where the run is kept, and continued from.")
@@ -227,7 +217,7 @@ def meta_train(
   options = dict(experiment.periodic_evaluation)
   evaluation_every = options.pop("every")
   metrics_of = {
-    name: evaluation.build_metrics(family, experiment.optimizer, seed=experiment.seed, **options)
+    name: held_out.build_metrics(family, experiment.optimizer, seed=experiment.seed, **options)
     for name, (family, _) in experiment.families.items()
   }
   total_weight = sum(weight for _, weight in experiment.families.values())
@@ -321,9 +311,9 @@ def main(argv: list[str]) -> None:
   trained.export(path, theta, config, outer_steps=experiment.num_outer_steps)
   options = {"seed": experiment.seed, "progress": lambda stage: print(f"evaluation: {stage}", flush=True)}
   options |= experiment.evaluation
-  seeds = evaluation.seeds_of_families(options.pop("seed"), experiment.families)
+  seeds = held_out.seeds_of_families(options.pop("seed"), experiment.families)
   comparisons = {
-    name: evaluation.compare(family, {"learned": (experiment.architecture, theta)}, seed=seeds[name], **options)
+    name: held_out.compare(family, {"learned": (experiment.architecture, theta)}, seed=seeds[name], **options)
     for name, (family, _) in experiment.families.items()
   }
   picture = report.write_all(comparisons, workdir)

@@ -1,6 +1,6 @@
 """Meta-train learned optimizers with Persistent Evolution Strategies."""
 
-from lopt.trained import load
+from lopt.runs.trained import load
 from lopt.version import __version__
 
 __all__ = ["__version__", "load"]

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from lopt import base, configuration, inner_training, meta_parameters
-from lopt.outer import pes
+from lopt import base, configuration, inner_training
+from lopt.outer import meta_parameters, pes
 
 ARCHITECTURES = configuration.choices("architectures")
 FAMILIES = configuration.choices("tasks")

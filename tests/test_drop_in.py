@@ -16,7 +16,8 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import lopt
-from lopt import configuration, trained
+from lopt import configuration
+from lopt.runs import trained
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("adafactor_mlp", "lstm", "mlp")

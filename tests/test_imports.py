@@ -12,13 +12,14 @@ ROOT = Path(__file__).parent.parent
 # A module imports from the layers before its own only. A package stands for all of its files, so a new task,
 # architecture or estimator needs no line here; a new module at the top of lopt does.
 LAYERS = (
-  ("base", "checks", "files", "version"),
-  ("configuration", "meta_parameters", "checkpoints", "tracking", "measures", "architectures", "tasks", "outer"),
-  ("inner_training", "baselines", "trained", "cache", "comparison"),
+  ("base", "checks", "version", "runs.files"),
+  ("configuration", "architectures", "tasks", "outer", "runs", "evaluation.measures"),
+  ("inner_training", "evaluation.baselines", "evaluation.comparison", "runs.trained", "runs.cache"),
   ("outer.meta_training",),
+  ("evaluation.held_out",),
   ("evaluation",),
-  ("report",),
-  ("report_page",),
+  ("evaluation.report",),
+  ("evaluation.report_page",),
   ("",),  # lopt/__init__.py
 )
 DEVICES = {"pmap", "devices", "local_devices", "device_count", "local_device_count"}
@@ -93,16 +94,18 @@ def test_imports_run_one_way():
 
 
 def test_package_init_files_are_empty():
-  for package in ("architectures", "tasks", "outer"):
+  for package in ("architectures", "tasks", "outer", "evaluation", "runs"):
     assert (ROOT / "lopt" / package / "__init__.py").read_text("utf-8").strip() == ""
 
 
 FINE = {
   "base.py": "import jax\n",
-  "files.py": "",
-  "tracking.py": "from lopt.files import write_atomically\n",
+  "runs/files.py": "",
+  "runs/__init__.py": "",
+  "evaluation/__init__.py": "",
+  "runs/tracking.py": "from lopt.runs.files import write_atomically\n",
   "tasks/__init__.py": "",
-  "tasks/datasets.py": "from lopt import base, files\n",
+  "tasks/datasets.py": "from lopt import base\nfrom lopt.runs import files\n",
   "tasks/one.py": "from lopt import base\nfrom lopt.tasks import datasets\ndef build(): pass\n",
   "tasks/two.py": "from lopt.tasks.datasets import load\ndef build(): pass\n",
   "architectures/__init__.py": "",
@@ -112,19 +115,19 @@ FINE = {
   "outer/parallel.py": "import jax\njax.pmap(None, devices=jax.devices())\n",
   "outer/meta_training.py": "from lopt.outer import parallel\nfrom lopt import inner_training\n",
   "inner_training.py": "from lopt import base\n",
-  "evaluation.py": "from lopt.outer import meta_training\nimport lopt.tasks.one\n",
-  "report.py": "from lopt import evaluation\n",
-  "__init__.py": "from lopt.evaluation import load\n",
+  "evaluation/held_out.py": "from lopt.outer import meta_training\nimport lopt.tasks.one\n",
+  "evaluation/report.py": "from lopt.evaluation import held_out\n",
+  "__init__.py": "from lopt.runs.tracking import load\n",
 }
 
 
 @pytest.mark.parametrize(
   ("file", "code", "message"),
   [
-    ("base.py", "from lopt import files", "base imports files"),
-    ("files.py", "import lopt.base", "files imports base"),
-    ("tracking.py", "from lopt import tasks", "tracking imports tasks"),
-    ("tracking.py", "from lopt.tasks.one import build", "tracking imports tasks.one"),
+    ("base.py", "from lopt.runs import files", "base imports runs.files"),
+    ("runs/files.py", "import lopt.base", "runs.files imports base"),
+    ("runs/tracking.py", "from lopt import tasks", "runs.tracking imports tasks"),
+    ("runs/tracking.py", "from lopt.tasks.one import build", "runs.tracking imports tasks.one"),
     ("tasks/one.py", "from lopt.tasks import two", "tasks.one imports tasks.two"),
     ("tasks/one.py", "from .two import build", "tasks.one imports tasks.two"),
     ("tasks/one.py", "def f():\n  import lopt.tasks.two as t", "tasks.one imports tasks.two"),
@@ -133,11 +136,19 @@ FINE = {
     ("tasks/one.py", "import lopt", "tasks.one imports "),
     ("outer/es.py", "from lopt import inner_training", "outer.es imports inner_training"),
     ("outer/es.py", "from lopt.outer import meta_training", "outer.es imports outer.meta_training"),
-    ("inner_training.py", "from lopt import evaluation", "inner_training imports evaluation"),
+    ("inner_training.py", "from lopt.evaluation import held_out", "inner_training imports evaluation.held_out"),
     ("inner_training.py", "from lopt.outer import meta_training", "inner_training imports outer.meta_training"),
-    ("outer/meta_training.py", "from lopt import evaluation", "outer.meta_training imports evaluation"),
-    ("evaluation.py", "from lopt.report import table", "evaluation imports report"),
-    ("evaluation.py", "import jax\njax.pmap(f)", "evaluation uses pmap"),
+    (
+      "outer/meta_training.py",
+      "from lopt.evaluation import held_out",
+      "outer.meta_training imports evaluation.held_out",
+    ),
+    (
+      "evaluation/held_out.py",
+      "from lopt.evaluation.report import table",
+      "evaluation.held_out imports evaluation.report",
+    ),
+    ("evaluation/held_out.py", "import jax\njax.pmap(f)", "evaluation.held_out uses pmap"),
     ("outer/es.py", "from jax import devices", "outer.es uses devices"),
     ("surprise.py", "", "surprise: has no layer; give it one in test_imports.py"),
   ],

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lopt import checkpoints
+from lopt.runs import checkpoints
 
 CHANGES = {
   "num_outer_steps": 40,

@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import app, flags
 
-from lopt import files
+from lopt.runs import files
 
 CASE = flags.DEFINE_string("case", None, "Measure this one case in this process, and print one JSON object.")
 ONLY = flags.DEFINE_string("only", "", "Regular expression: the cases to run.")

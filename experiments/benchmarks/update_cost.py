@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import optax
 import throughput
 
-from lopt import base, baselines, configuration
+from lopt import base, configuration
+from lopt.evaluation import baselines
 
 TREES = ("mlp", "resnet", "transformer")
 CASES = [

@@ -27,8 +27,9 @@ import paper
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from lopt import base, baselines, inner_training
+from lopt import base, inner_training
 from lopt.architectures import mlp
+from lopt.evaluation import baselines
 from lopt.outer import backprop, es, parallel, pes, unrolls
 from lopt.tasks import mlp_classifier
 

@@ -29,8 +29,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from lopt import base, checks, files
+from lopt import base, checks
 from lopt.outer import parallel
+from lopt.runs import files
 
 COLORS = {
   "PES": "#d62728",

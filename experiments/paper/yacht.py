@@ -29,8 +29,9 @@ import paper
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-from lopt import base, files
+from lopt import base
 from lopt.outer import es, pes
+from lopt.runs import files
 
 URL = "https://archive.ics.uci.edu/ml/machine-learning-databases/00243/yacht_hydrodynamics.data"
 # Of the numbers, as float64: copies of the file differ in their spaces.

@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, UInt8
 
-from lopt import files
+from lopt.runs import files
 from lopt.tasks import originals
 
 _log = logging.getLogger(__name__)

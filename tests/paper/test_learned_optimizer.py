@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lopt import base, baselines
+from lopt import base
+from lopt.evaluation import baselines
 
 
 def random_walk(cap=math.inf):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lopt import baselines
+from lopt.evaluation import baselines
 
 LEARNING_RATES = np.array([1e-3, 0.1, 0.5])
 CURVATURE = np.array([0.5, 1.0, 4.0])

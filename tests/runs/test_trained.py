@@ -12,11 +12,12 @@ import pytest
 import safetensors.numpy
 
 import lopt
-from lopt import configuration, trained
+from lopt import configuration
 from lopt.base import LearnedOptimizer
-from lopt.trained import LoadError
+from lopt.runs import trained
+from lopt.runs.trained import LoadError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 CONFIG = {"architecture": {"name": "mlp", "hidden_sizes": (8, 4)}, "seed": 3, "estimator": {"name": "pes"}}
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lopt import measures
+from lopt.evaluation import measures
 
 
 def test_points_are_twenty_per_horizon_with_start_horizon_and_end():

@@ -31,10 +31,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lopt import base, baselines, cache, checks, comparison, inner_training, measures
+from lopt import base, checks, inner_training
 from lopt.base import LearnedOptimizer, PRNGKey, PyTree, Scalar, TaskFamily, TaskParams, Theta
-from lopt.comparison import REFERENCE, UNTUNED, Comparison, Envelope, Runs, TunedFor, Tuning, to_float64
+from lopt.evaluation import baselines, comparison, measures
+from lopt.evaluation.comparison import REFERENCE, UNTUNED, Comparison, Envelope, Runs, TunedFor, Tuning, to_float64
 from lopt.outer import parallel, unrolls
+from lopt.runs import cache
 
 HELD_OUT = "held-out"
 PERIODIC = "periodic"

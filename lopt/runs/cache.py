@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lopt import files
+from lopt.runs import files
 
 Arrays = dict[str, np.ndarray]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lopt import cache
+from lopt.runs import cache
 
 
 class Work:

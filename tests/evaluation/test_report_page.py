@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from lopt import comparison, measures, report_page
-from lopt.comparison import Comparison, Envelope, Runs, Tuning
+from lopt.evaluation import comparison, measures, report_page
+from lopt.evaluation.comparison import Comparison, Envelope, Runs, Tuning
 
 T, TASKS, SEEDS = 40, 3, 4
 

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lopt import files
-from lopt.comparison import REFERENCE, UNTUNED, Comparison, Measures, Summary, summarize
-from lopt.measures import Interval
+from lopt.evaluation.comparison import REFERENCE, UNTUNED, Comparison, Measures, Summary, summarize
+from lopt.evaluation.measures import Interval
+from lopt.runs import files
 
 # Okabe and Ito's colours, which the colour-blind can tell apart: warm ones for the learned, cold ones for baselines.
 _LEARNED_COLORS = ("#D55E00", "#CC79A7", "#E69F00")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lopt.files import explain, write_atomically
+from lopt.runs.files import explain, write_atomically
 
 METRICS = "metrics.jsonl"
 MODES = ("auto", "online", "offline", "disabled")

@@ -1,6 +1,6 @@
 """What a comparison of optimizers says: measures of every optimizer on every task, and their summaries.
 
-How the measures are defined, and where they come from: `lopt.measures`.
+How the measures are defined, and where they come from: `lopt.evaluation.measures`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
-from lopt import measures
-from lopt.measures import Interval
+from lopt.evaluation import measures
+from lopt.evaluation.measures import Interval
 
 REFERENCE = "Adam"
 """The tuned baseline with which everything is compared."""

@@ -12,9 +12,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from lopt import tracking
+from lopt.runs import tracking
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_a_resumed_file_reads_as_if_never_interrupted(tmp_path, torn):
 
 def test_a_killed_run_loses_no_record(tmp_path):
   code = textwrap.dedent(f"""
-    from lopt import tracking
+    from lopt.runs import tracking
     tracker = tracking.start({str(tmp_path)!r}, {{}}, wandb_mode="disabled")
     for step in range(10**9):
       tracker.log(step, {{"x": step}})

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from lopt import base, inner_training, meta_parameters
+from lopt import base, inner_training
 from lopt.architectures import mlp
-from lopt.outer import meta_training, pes
+from lopt.outer import meta_parameters, meta_training, pes
 from lopt.tasks import quadratic
 
 THETA = {"rule": {"w": jnp.arange(3.0), "b": jnp.float32(7.0)}, "scheduler": {"w": jnp.ones((2, 2))}}

@@ -26,13 +26,14 @@ import optax
 import safetensors
 import safetensors.numpy
 
-from lopt import configuration, meta_parameters
+from lopt import configuration
 from lopt.base import LearnedOptimizer, PyTree, Theta
-from lopt.files import write_atomically
+from lopt.outer import meta_parameters
+from lopt.runs.files import write_atomically
 from lopt.version import __version__
 
 FILENAME = "optimizer.safetensors"
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = Path(__file__).parent.parent / "pretrained"
 """What comes with lopt: `<name>.safetensors`, trained by experiments/configs/pretrained.py."""
 _FORMAT = {"format": "lopt optimizer", "format_version": "1"}
 

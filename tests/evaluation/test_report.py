@@ -10,8 +10,8 @@ from matplotlib import image
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from lopt import report
-from lopt.comparison import Comparison, Envelope, Evaluation, Measures, Tuning, summarize
+from lopt.evaluation import report
+from lopt.evaluation.comparison import Comparison, Envelope, Evaluation, Measures, Tuning, summarize
 
 T, SEEDS = 100, 3
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from lopt import evaluation, files, measures, report
-from lopt.comparison import REFERENCE, UNTUNED, Comparison, Measures, summarize
+from lopt.evaluation import held_out, measures, report
+from lopt.evaluation.comparison import REFERENCE, UNTUNED, Comparison, Measures, summarize
+from lopt.runs import files
 
 Suites = Mapping[str, Mapping[str, Comparison]]
 """`{suite: {family: comparison}}`, all with the same learned optimizers."""
@@ -88,7 +89,7 @@ def summary_plot(suites: Suites) -> Figure:
       label = f"{name}, tuned" if name in first.baselines else name
       axes.plot([s.value], [y], "o", color=color, markersize=6, label=label if i == 0 else None)
   axes.axvline(1, color="#555555", linewidth=0.8, zorder=0)
-  axes.axvline(evaluation.REFERENCE_FACTOR, color="#bbbbbb", linewidth=0.8, linestyle=":", zorder=0)
+  axes.axvline(held_out.REFERENCE_FACTOR, color="#bbbbbb", linewidth=0.8, linestyle=":", zorder=0)
   axes.set_yticks(range(len(rows)), list(rows))
   axes.set_ylim(len(rows) - 0.5, -0.5)
   axes.set_xscale("log")
@@ -123,7 +124,7 @@ def page(suites: Suites, about: About, summary: bytes) -> str:
     verdicts,
     _image(summary, "Speed-up over tuned Adam"),
     "<p class=note>Dots: interquartile means over tasks. Lines: their 95% intervals for other tasks and seeds. "
-    f"Ticks: tasks. Right of 1, {REFERENCE} takes longer. It was trained {evaluation.REFERENCE_FACTOR} times as "
+    f"Ticks: tasks. Right of 1, {REFERENCE} takes longer. It was trained {held_out.REFERENCE_FACTOR} times as "
     "long: that is the largest speed-up to be seen, and tasks on which it is reached count with it.</p>",
     f"<h2>Over all {sum(len(c.tasks) for c in everything)} tasks</h2>",
     _table([report.summary_header(everything), *rows], names),
@@ -250,7 +251,7 @@ def _definitions(tuned_for: str) -> str:
   its learning rates for each number of steps, so its own one best rate is at 1 or below (Metz et al. 2022, VeLO).
   Interquartile mean over tasks (Agarwal et al. 2021) with a 95% interval from a bootstrap over the tasks of
   each family. “k ≥”: tasks on which {REFERENCE} did not get there in
-  {evaluation.REFERENCE_FACTOR} times the steps.
+  {held_out.REFERENCE_FACTOR} times the steps.
 <dt>median<dd>Of the same, over tasks.
 <dt>final loss ÷ Adam's<dd>Training loss after the last step, on fixed batches, divided by tuned {REFERENCE}'s; below
   1 is better. Interquartile mean and interval as above.

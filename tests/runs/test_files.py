@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lopt.files import write_atomically
+from lopt.runs.files import write_atomically
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def test_text_and_bytes_are_written_and_replaced(tmp_path):
@@ -27,7 +27,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
   # A limit on the size of files stands in for a full disk.
   code = textwrap.dedent(f"""
     import resource
-    from lopt.files import write_atomically
+    from lopt.runs.files import write_atomically
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     write_atomically({str(path)!r}, "x" * 100_000)
   """)
@@ -52,7 +52,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
   """A writer is killed at arbitrary moments; what is left is one whole version."""
   path = tmp_path / "file.txt"
   code = textwrap.dedent(f"""
-    from lopt.files import write_atomically
+    from lopt.runs.files import write_atomically
     for i in range(10**6):
       write_atomically({str(path)!r}, f"{{i % 10}}" * 200_000)
       print(i, flush=True)

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from lopt import baselines, comparison, evaluation, measures
 from lopt.base import LearnedOptimizer, TaskFamily
+from lopt.evaluation import baselines, comparison, held_out, measures
 from lopt.outer import parallel
 
 T = 40
@@ -93,17 +93,17 @@ def task_and_start(family, seed, purpose, task, run_seed):
 def test_runs_equal_the_closed_form_and_diverged_ones_are_capped_and_counted():
   family = quadratic_family()
   rates = [0.0, 0.1, 0.5, 3.0]
-  tasks = evaluation.sample_tasks(family, 3, evaluation.HELD_OUT, 5)
+  tasks = held_out.sample_tasks(family, 3, held_out.HELD_OUT, 5)
   seeds = [0, 7, 11]
   with np.errstate(divide="ignore"):
     thetas = {"log_learning_rate": np.log(np.array(rates, np.float32))}
-  runs = evaluation.build_train(family, sgd(), num_steps=T)(thetas, tasks, jnp.array(seeds))
+  runs = held_out.build_train(family, sgd(), num_steps=T)(thetas, tasks, jnp.array(seeds))
 
   expected = np.zeros((5, 3, 4, T + 1))
   for i, j, k in np.ndindex(5, 3, 4):
-    curvature, x0 = task_and_start(family, 3, evaluation.HELD_OUT, i, seeds[j])
+    curvature, x0 = task_and_start(family, 3, held_out.HELD_OUT, i, seeds[j])
     expected[i, j, k] = sgd_curve(curvature, x0, rates[k], T)
-  assert len({task_and_start(family, 3, evaluation.HELD_OUT, i, 0)[0] for i in range(5)}) > 1
+  assert len({task_and_start(family, 3, held_out.HELD_OUT, i, 0)[0] for i in range(5)}) > 1
   np.testing.assert_allclose(runs.losses, capped(expected[..., :T]), rtol=1e-3, atol=1e-7)
   np.testing.assert_allclose(runs.held_out_loss, capped(expected[..., T] + 1), rtol=1e-3)
   diverged = (expected >= CAP).any(axis=-1) | (expected[..., T] + 1 >= CAP)
@@ -118,8 +118,8 @@ def test_a_run_that_becomes_nan_is_capped_and_counted():
     batch=lambda key, task_params, split: (),
     init=lambda key, task_params: {"x": jnp.float32(2.0)},
   )
-  tasks = evaluation.sample_tasks(family, 0, evaluation.HELD_OUT, 1)
-  train = evaluation.build_train(family, sgd(), num_steps=3)
+  tasks = held_out.sample_tasks(family, 0, held_out.HELD_OUT, 1)
+  train = held_out.build_train(family, sgd(), num_steps=3)
   runs = train(baselines.theta_at(np.array([0.1, 100.0])), tasks, jnp.arange(1))
   np.testing.assert_array_equal(runs.diverged, [[[False, True]]])
   np.testing.assert_allclose(runs.losses[0, 0, 1], [math.log(2.0) / SCALE, CAP, CAP], rtol=1e-6)
@@ -128,8 +128,8 @@ def test_a_run_that_becomes_nan_is_capped_and_counted():
 
 def test_one_loss_above_the_cap_makes_a_run_a_diverged_one_wherever_it_is():
   family = quadratic_family(noise=25.0)  # a loss is above the cap with probability 2%
-  tasks = evaluation.sample_tasks(family, 0, evaluation.HELD_OUT, 2)
-  train = evaluation.build_train(family, sgd(), num_steps=10, num_held_out_batches=1)
+  tasks = held_out.sample_tasks(family, 0, held_out.HELD_OUT, 2)
+  train = held_out.build_train(family, sgd(), num_steps=10, num_held_out_batches=1)
   runs = train({"log_learning_rate": jnp.full((1,), -jnp.inf)}, tasks, jnp.arange(100))
   training, last = (np.asarray(runs.losses) == CAP).any(axis=-1), np.asarray(runs.losses)[..., -1] == CAP
   validation = np.asarray(runs.held_out_loss) == CAP
@@ -141,20 +141,20 @@ def test_one_loss_above_the_cap_makes_a_run_a_diverged_one_wherever_it_is():
 
 def test_keys_are_those_documented_and_do_not_depend_on_the_optimizer():
   family = quadratic_family(noise=1.0)
-  tasks = evaluation.sample_tasks(family, 5, evaluation.PERIODIC, 2)
+  tasks = held_out.sample_tasks(family, 5, held_out.PERIODIC, 2)
 
   def losses(optimizer):
     frozen = {"log_learning_rate": jnp.full((1,), -jnp.inf)}
-    runs = evaluation.build_train(family, optimizer, num_steps=4, num_held_out_batches=3)(
-      frozen, tasks, jnp.array([0, 1, evaluation.FIRST_TUNING_SEED])
+    runs = held_out.build_train(family, optimizer, num_steps=4, num_held_out_batches=3)(
+      frozen, tasks, jnp.array([0, 1, held_out.FIRST_TUNING_SEED])
     )
     return np.asarray(runs.losses)[:, :, 0], np.asarray(runs.held_out_loss)[:, :, 0]
 
   expected, expected_validation = np.zeros((2, 3, 4)), np.zeros((2, 3))
   for i in range(2):
-    for j, seed in enumerate([0, 1, evaluation.FIRST_TUNING_SEED]):
-      curvature, x0 = task_and_start(family, 5, evaluation.PERIODIC, i, seed)
-      _, _, steps_key, validation_key = documented_keys(5, evaluation.PERIODIC, i, seed)
+    for j, seed in enumerate([0, 1, held_out.FIRST_TUNING_SEED]):
+      curvature, x0 = task_and_start(family, 5, held_out.PERIODIC, i, seed)
+      _, _, steps_key, validation_key = documented_keys(5, held_out.PERIODIC, i, seed)
       batch_keys = [jax.random.split(jax.random.fold_in(steps_key, t))[0] for t in range(4)]
       validation_keys = [jax.random.split(key)[0] for key in jax.random.split(validation_key, 3)]
       expected[i, j] = [curvature * x0**2 / 2 + jax.random.normal(key) for key in batch_keys]
@@ -170,41 +170,41 @@ def test_keys_are_those_documented_and_do_not_depend_on_the_optimizer():
 def test_purposes_and_seeds_have_tasks_of_their_own():
   family = quadratic_family()._replace(sample=jax.random.uniform)
   samples = [
-    np.asarray(evaluation.sample_tasks(family, seed, purpose, 50).params)
+    np.asarray(held_out.sample_tasks(family, seed, purpose, 50).params)
     for seed in (0, 1)
-    for purpose in (evaluation.HELD_OUT, evaluation.PERIODIC)
+    for purpose in (held_out.HELD_OUT, held_out.PERIODIC)
   ]
   assert len(np.unique(samples)) == 200
   # The first tasks are the same, however many there are.
-  np.testing.assert_array_equal(evaluation.sample_tasks(family, 0, evaluation.HELD_OUT, 3).params, samples[0][:3])
+  np.testing.assert_array_equal(held_out.sample_tasks(family, 0, held_out.HELD_OUT, 3).params, samples[0][:3])
 
 
 def test_theta_per_task_pairs_tasks_with_their_own():
   family = quadratic_family()
-  tasks = evaluation.sample_tasks(family, 3, evaluation.HELD_OUT, 3)
+  tasks = held_out.sample_tasks(family, 3, held_out.HELD_OUT, 3)
   rates = np.array([[0.1], [0.01], [0.3]])
-  train = evaluation.build_train(family, sgd(), num_steps=T, theta_per_task=True)
+  train = held_out.build_train(family, sgd(), num_steps=T, theta_per_task=True)
   runs = train(baselines.theta_at(rates), tasks, jnp.arange(2))
   for i, j in np.ndindex(3, 2):
-    expected = sgd_curve(*task_and_start(family, 3, evaluation.HELD_OUT, i, j), rates[i, 0], T)[:T]
+    expected = sgd_curve(*task_and_start(family, 3, held_out.HELD_OUT, i, j), rates[i, 0], T)[:T]
     np.testing.assert_allclose(runs.losses[i, j, 0], expected, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize(("num_devices", "block"), [(1, 1), (3, 1), (1, 64), (2, 2)])
 def test_number_of_devices_and_size_of_blocks_do_not_change_the_numbers(monkeypatch, num_devices, block):
   family = quadratic_family(noise=0.1)
-  tasks = evaluation.sample_tasks(family, 0, evaluation.HELD_OUT, 2)
+  tasks = held_out.sample_tasks(family, 0, held_out.HELD_OUT, 2)
   rates = np.array([0.01, 0.3])
   devices = jax.local_devices()
   assert len(devices) == 8
   monkeypatch.setattr(jax, "local_devices", lambda: devices[:num_devices])
   monkeypatch.setitem(parallel.RUNS_PER_BLOCK, "cpu", block)
-  runs = evaluation.build_train(family, sgd(), num_steps=5)(baselines.theta_at(rates), tasks, jnp.arange(5))
+  runs = held_out.build_train(family, sgd(), num_steps=5)(baselines.theta_at(rates), tasks, jnp.arange(5))
   assert isinstance(runs.losses, jax.Array)
   assert runs.losses.sharding.num_devices == num_devices
   for i, j, k in np.ndindex(2, 5, 2):
-    x0_curve = sgd_curve(*task_and_start(family, 0, evaluation.HELD_OUT, i, j), rates[k], 5)[:5]
-    steps_key = documented_keys(0, evaluation.HELD_OUT, i, j)[2]
+    x0_curve = sgd_curve(*task_and_start(family, 0, held_out.HELD_OUT, i, j), rates[k], 5)[:5]
+    steps_key = documented_keys(0, held_out.HELD_OUT, i, j)[2]
     noise = [jax.random.normal(jax.random.split(jax.random.fold_in(steps_key, t))[0]) for t in range(5)]
     np.testing.assert_allclose(runs.losses[i, j, k], x0_curve + 0.1 * np.array(noise), rtol=1e-5, atol=1e-6)
 
@@ -222,7 +222,7 @@ def parabola(best):
 
 def test_tuning_finds_each_tasks_best_learning_rate():
   losses_at, asked = parabola([2e-6, 1e-3, 0.028, 1.2])
-  tuning = evaluation.tune(losses_at, 4)
+  tuning = held_out.tune(losses_at, 4)
   assert [t.best for t in tuning] == [3e-6, 1e-3, 0.03, 1.0]
   assert all(t.interior and t.learning_rates == baselines.LEARNING_RATES for t in tuning)
   assert len(asked) == 1
@@ -232,7 +232,7 @@ def test_tuning_finds_each_tasks_best_learning_rate():
 
 def test_tuning_extends_the_grid_of_the_tasks_whose_best_is_at_its_end():
   losses_at, asked = parabola([3.0, 1e-3, 27.0, 1e-7])
-  tuning = evaluation.tune(losses_at, 4)
+  tuning = held_out.tune(losses_at, 4)
   assert [t.best for t in tuning] == [3.0, 1e-3, 30.0, 1e-7]
   assert all(t.interior for t in tuning)
   grid = baselines.LEARNING_RATES
@@ -245,13 +245,13 @@ def test_tuning_extends_the_grid_of_the_tasks_whose_best_is_at_its_end():
 
 def test_tuning_says_so_when_the_best_stays_at_the_end():
   losses_at, asked = parabola([1e6, 1e-12])
-  high, low = evaluation.tune(losses_at, 2)
+  high, low = held_out.tune(losses_at, 2)
   assert not high.interior
   assert not low.interior
   assert high.best == 300.0
   assert low.best == 1e-8
-  assert len(high.learning_rates) == len(low.learning_rates) == 14 + evaluation.MAX_EXTENSIONS
-  assert len(asked) == 1 + evaluation.MAX_EXTENSIONS
+  assert len(high.learning_rates) == len(low.learning_rates) == 14 + held_out.MAX_EXTENSIONS
+  assert len(asked) == 1 + held_out.MAX_EXTENSIONS
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ def compared(family):
   fast, slow = (baselines.theta_at(rate) for rate in (0.2, 1e-4))
   optimizer = sgd()
   messages = []
-  result = evaluation.compare(
+  result = held_out.compare(
     family,
     {"fast": (optimizer, fast), "slow": (optimizer, slow)},
     num_tasks=4,
@@ -282,8 +282,8 @@ def compared(family):
 @pytest.mark.parametrize(("name", "reference"), [("Adam", adam_curve), ("SGDM", sgdm_curve)])
 def test_compare_tunes_as_brute_force_does_on_seeds_that_are_not_reported(family, compared, name, reference):
   for i, m in enumerate(compared.baselines[name].measures):
-    tuning_runs = [task_and_start(family, 1, evaluation.HELD_OUT, i, 2**30 + j) for j in range(2)]
-    reported_runs = [task_and_start(family, 1, evaluation.HELD_OUT, i, j) for j in range(3)]
+    tuning_runs = [task_and_start(family, 1, held_out.HELD_OUT, i, 2**30 + j) for j in range(2)]
+    reported_runs = [task_and_start(family, 1, held_out.HELD_OUT, i, j) for j in range(3)]
     assert not set(tuning_runs) & set(reported_runs)
     rates = m.tuning.learning_rates
     expected = [np.mean([capped(reference(*run, rate, T)) for run in tuning_runs]) for rate in rates]
@@ -300,7 +300,7 @@ def test_compare_trains_all_optimizers_from_the_same_starts(family, compared):
     np.testing.assert_allclose(start, starts[0], rtol=1e-6)
   for name, rate in (("fast", 0.2), ("slow", 1e-4)):
     for i, j in np.ndindex(4, 3):
-      expected = sgd_curve(*task_and_start(family, 1, evaluation.HELD_OUT, i, j), rate, T)[:T]
+      expected = sgd_curve(*task_and_start(family, 1, held_out.HELD_OUT, i, j), rate, T)[:T]
       np.testing.assert_allclose(compared.learned[name].curves[i, j], expected, rtol=1e-3, atol=1e-7)
 
 
@@ -308,7 +308,7 @@ def adam_ladder(family):
   """Adam's losses [tasks, seeds, rates, 2 T + 1] after 0, 2, … 4 T steps on the reported runs, by the recursion."""
   curves = np.zeros((4, 3, 14, 2 * T + 1))
   for i, j, k in np.ndindex(4, 3, 14):
-    start = task_and_start(family, 1, evaluation.HELD_OUT, i, j)
+    start = task_and_start(family, 1, held_out.HELD_OUT, i, j)
     curves[i, j, k] = capped(adam_curve(*start, baselines.LEARNING_RATES[k], 4 * T + 1))[::2]
   return curves
 
@@ -332,7 +332,7 @@ def test_measures_equal_naive_sums_over_the_curves(family, compared):
       assert m.mean_loss == pytest.approx(np.mean(means))
       assert m.mean_loss_error == pytest.approx(np.std(means, ddof=1) / math.sqrt(3))
       if name in compared.learned:
-        starts = [task_and_start(family, 1, evaluation.HELD_OUT, i, j) for j in range(3)]
+        starts = [task_and_start(family, 1, held_out.HELD_OUT, i, j) for j in range(3)]
         finals = [sgd_curve(*start, {"fast": 0.2, "slow": 1e-4}[name], T + 1)[T] for start in starts]
         assert m.final_loss == pytest.approx(np.mean(finals), rel=1e-3, abs=1e-7)
         assert m.final_loss_error == pytest.approx(np.std(finals, ddof=1) / math.sqrt(3), rel=1e-2, abs=1e-7)
@@ -345,7 +345,7 @@ def test_measures_equal_naive_sums_over_the_curves(family, compared):
       assert m.diverged == 0
       if name in compared.learned:
         assert m.tuning is None
-        starts = [task_and_start(family, 1, evaluation.HELD_OUT, i, j) for j in range(3)]
+        starts = [task_and_start(family, 1, held_out.HELD_OUT, i, j) for j in range(3)]
         rate = {"fast": 0.2, "slow": 1e-4}[name]
         test = [sgd_curve(*start, rate, T)[T] + 2 for start in starts]
         distances = [math.sqrt(2 * (loss - 2) / start[0]) for loss, start in zip(test, starts, strict=True)]
@@ -358,27 +358,25 @@ def test_measures_equal_naive_sums_over_the_curves(family, compared):
 
 def test_adam_as_it_is_has_the_learning_rate_1e_3(family, compared):
   for i, j in np.ndindex(4, 3):
-    start = task_and_start(family, 1, evaluation.HELD_OUT, i, j)
+    start = task_and_start(family, 1, held_out.HELD_OUT, i, j)
     expected = adam_curve(*start, 1e-3, T + 1)
     np.testing.assert_allclose(compared.baselines["Adam at 1e-3"].curves[i, j], expected[:T], rtol=1e-4)
   tests = [m.test_loss for m in compared.baselines["Adam at 1e-3"].measures]
-  starts = [[task_and_start(family, 1, evaluation.HELD_OUT, i, j) for j in range(3)] for i in range(4)]
+  starts = [[task_and_start(family, 1, held_out.HELD_OUT, i, j) for j in range(3)] for i in range(4)]
   expected = [np.mean([adam_curve(*start, 1e-3, T + 1)[T] + 2 for start in task]) for task in starts]
   np.testing.assert_allclose(tests, expected, rtol=1e-4)  # after T steps, though training goes on
 
 
 def test_families_compared_together_have_tasks_of_their_own(family):
-  assert evaluation.seeds_of_families(3, ["one"]) == {"one": 3}
-  seeds = evaluation.seeds_of_families(3, ["one", "other"])
-  keys = [evaluation.sample_tasks(family, seed, evaluation.HELD_OUT, 4).keys for seed in seeds.values()]
+  assert held_out.seeds_of_families(3, ["one"]) == {"one": 3}
+  seeds = held_out.seeds_of_families(3, ["one", "other"])
+  keys = [held_out.sample_tasks(family, seed, held_out.HELD_OUT, 4).keys for seed in seeds.values()]
   assert len(np.unique(jax.random.key_data(jnp.concatenate(keys)), axis=0)) == 8
-  assert (
-    seeds == evaluation.seeds_of_families(3, ["other", "one"]) != evaluation.seeds_of_families(4, ["one", "other"])
-  )
+  assert seeds == held_out.seeds_of_families(3, ["other", "one"]) != held_out.seeds_of_families(4, ["one", "other"])
 
 
 def test_tasks_are_described_by_their_small_parameters(family, compared):
-  curvatures = [task_and_start(family, 1, evaluation.HELD_OUT, i, 0)[0] for i in range(4)]
+  curvatures = [task_and_start(family, 1, held_out.HELD_OUT, i, 0)[0] for i in range(4)]
   assert compared.tasks == tuple(f"curvature {curvature:.3g}" for curvature in curvatures)
 
 
@@ -442,11 +440,11 @@ def trained(monkeypatch):
       theta = np.broadcast_to(theta, (len(tasks.keys), *theta.shape[1:]))
       losses = 2 + np.cos(theta)[..., None] + np.exp(-np.arange(1, num_steps + 1))
       train_losses = 2 + np.cos(theta)[..., None] + np.exp(-np.array(points or [num_steps]))
-      return evaluation.Runs(losses, train_losses, np.sin(theta), {"accuracy": np.abs(np.sin(theta))}, theta > 0)
+      return held_out.Runs(losses, train_losses, np.sin(theta), {"accuracy": np.abs(np.sin(theta))}, theta > 0)
 
     return train
 
-  monkeypatch.setattr(evaluation, "build_train", build_train)
+  monkeypatch.setattr(held_out, "build_train", build_train)
   return names
 
 
@@ -458,7 +456,7 @@ def test_a_second_comparison_trains_no_baseline_again(family, trained, tmp_path)
     trained.clear()
     pair: Any = (mine, {"own": jnp.float32(own)})
     options: dict[str, Any] = {**sizes, **changes}
-    return evaluation.compare(family, {"mine": pair}, baseline_names=names, cache_folder=tmp_path, **options)
+    return held_out.compare(family, {"mine": pair}, baseline_names=names, cache_folder=tmp_path, **options)
 
   first = compare()
   assert len(trained) > 1
@@ -487,18 +485,18 @@ def test_fingerprints_tell_families_and_their_data_apart():
 
   families = [quadratic_family(), quadratic_family(noise=0.1), with_data([0.0, 1.0]), with_data([0.0, 2.0])]
   families.append(quadratic_family()._replace(loss_cap=7.0))
-  assert len({evaluation._fingerprint(family) for family in families}) == 5
-  assert evaluation._fingerprint(quadratic_family()) == evaluation._fingerprint(quadratic_family())
-  assert evaluation._fingerprint(with_data([0.0, 1.0])) == evaluation._fingerprint(with_data([0.0, 1.0]))
+  assert len({held_out._fingerprint(family) for family in families}) == 5
+  assert held_out._fingerprint(quadratic_family()) == held_out._fingerprint(quadratic_family())
+  assert held_out._fingerprint(with_data([0.0, 1.0])) == held_out._fingerprint(with_data([0.0, 1.0]))
 
 
 def test_schedule_free_is_evaluated_at_its_average(family):
-  tasks = evaluation.sample_tasks(family, 3, evaluation.HELD_OUT, 1)
+  tasks = held_out.sample_tasks(family, 3, held_out.HELD_OUT, 1)
   optimizer = baselines.schedule_free_adamw()
-  runs = evaluation.build_train(family, optimizer, num_steps=T)(
+  runs = held_out.build_train(family, optimizer, num_steps=T)(
     baselines.theta_at(np.array([0.3])), tasks, jnp.arange(1)
   )
-  curvature, x0 = task_and_start(family, 3, evaluation.HELD_OUT, 0, 0)
+  curvature, x0 = task_and_start(family, 3, held_out.HELD_OUT, 0, 0)
   x = y = z = x0
   v = 0.0
   for t in range(1, T + 1):
@@ -517,7 +515,7 @@ def test_seconds_per_step_tell_a_slow_step_from_a_fast_one(family):
     return family.loss(params, key, batch, task_params)[0] + 1e-9 * waste, {}
 
   def time(family):
-    return evaluation.seconds_per_step(family, sgd(), baselines.theta_at(0.1), num_steps=T, at_least=0.02, repeats=3)
+    return held_out.seconds_per_step(family, sgd(), baselines.theta_at(0.1), num_steps=T, at_least=0.02, repeats=3)
 
   fast, slow = time(family), time(family._replace(loss=slow_loss))
   assert 0 < fast < 1e-3
@@ -527,14 +525,14 @@ def test_seconds_per_step_tell_a_slow_step_from_a_fast_one(family):
 def test_metrics_of_the_periodic_evaluation_equal_the_closed_form_and_compile_once():
   traces = []
   family = quadratic_family(on_trace=lambda: traces.append(1))
-  metrics = evaluation.build_metrics(family, sgd(), num_tasks=3, num_seeds=2, num_steps=T, seed=4)
+  metrics = held_out.build_metrics(family, sgd(), num_tasks=3, num_seeds=2, num_steps=T, seed=4)
   assert not traces
   metrics(baselines.theta_at(0.5))
   traces_of_first_call = len(traces)
   assert traces_of_first_call > 0
   for rate in (0.1, 3.0):
     result = metrics(baselines.theta_at(rate))
-    starts = [task_and_start(family, 4, evaluation.PERIODIC, i, j) for i in range(3) for j in range(2)]
+    starts = [task_and_start(family, 4, held_out.PERIODIC, i, j) for i in range(3) for j in range(2)]
     curves = np.array([sgd_curve(*start, rate, T) for start in starts])
     validation = capped(curves[:, T] + 1)
     assert set(result) == {"mean_loss", "final_loss", "validation_loss", "diverged"}
@@ -547,7 +545,7 @@ def test_metrics_of_the_periodic_evaluation_equal_the_closed_form_and_compile_on
 
 
 def test_metrics_take_a_theta_that_lies_on_another_device():
-  metrics = evaluation.build_metrics(quadratic_family(), sgd(), num_tasks=2, num_seeds=1, num_steps=3, seed=4)
+  metrics = held_out.build_metrics(quadratic_family(), sgd(), num_tasks=2, num_seeds=1, num_steps=3, seed=4)
   theta = baselines.theta_at(0.1)
   assert metrics(jax.device_put(theta, jax.local_devices()[1])) == metrics(theta)
 
@@ -558,25 +556,25 @@ SIZES: dict[str, Any] = {"num_tasks": 1, "num_seeds": 1, "num_steps": 1, "seed":
 @pytest.mark.parametrize("name", ["num_tasks", "num_seeds", "num_steps", "num_tuning_seeds", "num_held_out_batches"])
 def test_counts_below_one_are_refused(name):
   with pytest.raises(ValueError, match=f"{name}: must be at least 1, not 0"):
-    evaluation.compare(quadratic_family(), {}, **{**SIZES, name: 0})
+    held_out.compare(quadratic_family(), {}, **{**SIZES, name: 0})
   if name != "num_tuning_seeds":
     with pytest.raises(ValueError, match=f"{name}: must be at least 1, not 0"):
-      evaluation.build_metrics(quadratic_family(), sgd(), **{**SIZES, name: 0})
+      held_out.build_metrics(quadratic_family(), sgd(), **{**SIZES, name: 0})
 
 
 def test_name_of_a_baseline_and_theta_of_another_architecture_are_refused():
   with pytest.raises(ValueError, match="'Adam' is the name of a baseline"):
-    evaluation.compare(quadratic_family(), {"Adam": (sgd(), baselines.theta_at(0.1))}, **SIZES)
+    held_out.compare(quadratic_family(), {"Adam": (sgd(), baselines.theta_at(0.1))}, **SIZES)
   other = LearnedOptimizer(lambda key: {"w": jnp.zeros(3)}, sgd().transform)
   with pytest.raises(ValueError, match=r"'mine'.*not of this architecture"):
-    evaluation.compare(quadratic_family(), {"mine": (other, {"w": jnp.zeros(2)})}, **SIZES)
+    held_out.compare(quadratic_family(), {"mine": (other, {"w": jnp.zeros(2)})}, **SIZES)
   with pytest.raises(ValueError, match="baseline_names='Adamm'"):
-    evaluation.compare(quadratic_family(), {}, **SIZES, baseline_names=("Adamm",))
+    held_out.compare(quadratic_family(), {}, **SIZES, baseline_names=("Adamm",))
 
 
 def test_one_seed_has_no_standard_error(family, trained):
   sizes: dict[str, Any] = {**SIZES, "num_tasks": 2, "num_steps": 3}
-  one = evaluation.compare(family, {}, **sizes, baseline_names=())
+  one = held_out.compare(family, {}, **sizes, baseline_names=())
   summary = comparison.summarize([one], "Adam")
   m = one.baselines["Adam"].measures[0]
   assert math.isnan(m.mean_loss_error + m.final_loss_error + m.test_loss_error)

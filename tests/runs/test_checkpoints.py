@@ -14,10 +14,10 @@ import numpy as np
 import optax
 import pytest
 
-from lopt import checkpoints
-from lopt.checkpoints import CheckpointError
+from lopt.runs import checkpoints
+from lopt.runs.checkpoints import CheckpointError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def make_state(seed: int = 0) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def test_every_kind_of_damage_is_noticed_or_harmless(tmp_path, capfd):
 SAVE_IN_A_LOOP = """
   import sys
   import numpy as np
-  from lopt import checkpoints
+  from lopt.runs import checkpoints
   workdir, size = sys.argv[1], int(sys.argv[2])
   first = (checkpoints.latest_step(workdir) or 0) + 1
   for step in range(first, 10**6):
@@ -183,7 +183,7 @@ def test_a_full_disk_is_named_and_leaves_earlier_checkpoints(tmp_path):
   code = textwrap.dedent("""
     import resource, sys
     import numpy as np
-    from lopt import checkpoints
+    from lopt.runs import checkpoints
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
     noise = np.random.default_rng(0).integers(2**31, size=300_000, dtype=np.int32)
     checkpoints.save(sys.argv[1], 2, {"a": noise, "b": np.int32(2)})
