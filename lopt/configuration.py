@@ -35,7 +35,7 @@ from ml_collections import config_dict, config_flags
 PACKAGES = {"architecture": "architectures", "task": "tasks", "estimator": "outer"}
 """Where the module that a section of a configuration names is found: lopt/<package>/<name>.py."""
 
-WRAPPERS = {"architectures": ("step_sizes", "safeguards"), "tasks": ("augmentation",)}
+WRAPPERS = {"architectures": ("step_sizes", "safeguards", "direction"), "tasks": ("augmentation",)}
 """Sections within those of a package, the innermost first, and the modules lopt/<package>/<name>.py whose `wrap` they
 are options of."""
 

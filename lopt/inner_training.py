@@ -23,6 +23,7 @@ class InnerState(NamedTuple):
   optimizer_state: base.State
   task_params: base.TaskParams
   num_steps: base.Horizon  # T of this run, for optimizers that use it
+  step_factor: base.Scalar | None = None  # by which this run's updates are multiplied
 
 
 def build(
@@ -34,6 +35,7 @@ def build(
   precision: Precision = "float32",
   loss_cap: float | None = None,
   log_floor: float | None = None,
+  step_spread: float = 1.0,
 ) -> base.UnrolledProblem:
   """Trains a freshly drawn task of the family in every episode.
 
@@ -54,10 +56,12 @@ def build(
       less noise of runs that diverge is in gradients.
     log_floor: f, for the meta-loss log(1 + L_t / f) / log(1 + 1 / f) instead of L_t, still 1 for a task of which
       nothing is known: a tenth of the loss is then worth about the same anywhere above f.
+    step_spread: S, for updates that are multiplied by a factor drawn log-uniformly from 1/S to S for each episode: so
+      that a direction becomes good at learning rates around the recommended one, and not only at that.
 
   Raises:
-    ValueError: For another `meta_loss` or `precision`, a `loss_cap` that is not a number, or a `log_floor` that is
-      not above 0 and finite.
+    ValueError: For another `meta_loss` or `precision`, a `loss_cap` that is not a number, a `log_floor` that is not
+      above 0 and finite, or a `step_spread` that is not at least 1 and finite.
   """
   if meta_loss not in get_args(Split):
     raise ValueError(f"meta_loss: must be one of {', '.join(get_args(Split))}, not {meta_loss!r}")
@@ -65,6 +69,7 @@ def build(
     raise ValueError("loss_cap: must be a number")
   if log_floor is not None:
     checks.require(0 < log_floor < math.inf, "log_floor", log_floor, "above 0 and finite")
+  checks.require(1 <= step_spread < math.inf, "step_spread", step_spread, "at least 1 and finite")
   family = in_precision(family, precision)
   cap = min(family.loss_cap, math.inf if loss_cap is None else loss_cap)
 
@@ -79,14 +84,22 @@ def build(
     task_params = family.sample(task_key)
     params = family.init(params_key, task_params)
     no_theta = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(optimizer.init, theta_key))
-    optimizer_state = optimizer.transform(no_theta, num_steps).init(params)
-    return InnerState(params, optimizer_state, task_params, num_steps)
+    tx = optimizer.transform(no_theta, num_steps)
+    optimizer_state = (tx if step_spread == 1 else optax.chain(tx, optax.identity())).init(params)
+    factor = None
+    if step_spread > 1:
+      exponent = jax.random.uniform(jax.random.fold_in(key, 0), minval=-1.0)
+      factor = jnp.float32(step_spread) ** exponent
+    return InnerState(params, optimizer_state, task_params, num_steps, factor)
 
   def step(theta: base.Theta, state: InnerState, key: base.PRNGKey) -> tuple[InnerState, base.Scalar]:
     train_key, validation_key = jax.random.split(key)
+    tx = optimizer.transform(theta, state.num_steps)
+    if state.step_factor is not None:
+      tx = optax.chain(tx, optax.scale(state.step_factor))
     params, optimizer_state, loss = train_step(
       family,
-      optimizer.transform(theta, state.num_steps),
+      tx,
       train_key,
       state.params,
       state.optimizer_state,

@@ -77,6 +77,7 @@ def build(
   exp_multiplier: float = 1e-3,
   epsilon: float = 1e-5,
   gradient_scale: float = 1.0,
+  zero_output: bool = False,
 ) -> base.LearnedOptimizer:
   """One very small MLP, applied to every inner parameter on its own, that sees what Adam and Adafactor see.
 
@@ -111,6 +112,7 @@ def build(
     epsilon: ε, below which mean squares are not normalised away.
     gradient_scale: By which gradients are multiplied first. Nothing depends on it but for ε and the small constants,
       which are the authors' and large for gradients of the size of 1e-3: those look like converged tasks' then.
+    zero_output: Whether the last layer begins at zero, and with it the updates: for learned directions.
 
   Raises:
     ValueError: For no hidden layer, a width below 1, no decay, a decay outside of 0 ≤ β < 1, ε ≤ 0, or a scale that
@@ -133,9 +135,11 @@ def build(
 
   def layers() -> list[tuple[Float[Array, "fan_in size"], Float[Array, " size"]]]:
     fan_ins = (sum(sizes.values()), *hidden_sizes)
+    initial = [hk.initializers.TruncatedNormal(1 / math.sqrt(fan_in)) for fan_in in fan_ins]
+    initial[-1] = jnp.zeros if zero_output else initial[-1]
     return [
       (
-        hk.get_parameter(f"w{i}", (fan_in, size), init=hk.initializers.TruncatedNormal(1 / math.sqrt(fan_in))),
+        hk.get_parameter(f"w{i}", (fan_in, size), init=initial[i]),
         hk.get_parameter(f"b{i}", (size,), init=jnp.zeros),
       )
       for i, (fan_in, size) in enumerate(zip(fan_ins, (*hidden_sizes, 2), strict=True))

@@ -26,6 +26,7 @@ def mlp(
   rms: Float[Array, " features"],
   shared: Float[Array, " shared"],
   sizes: tuple[int, ...],
+  zero_output: bool = False,
 ) -> Float[Array, "outputs n"]:
   """An MLP on each of the n parameters of a tensor: ReLU between the modules `layer_0`, `layer_1`, ...
 
@@ -39,10 +40,12 @@ def mlp(
     rms: What each row of the features is divided by.
     shared: Inputs without a copy for each parameter.
     sizes: Widths of the layers, the number of outputs last.
+    zero_output: Whether the last layer's weights begin at zero.
   """
   w, b = LinearWeights("layer_0")(len(rms) + len(shared), sizes[0])
   weights = [(w[: len(rms)] / rms[:, None], shared @ w[len(rms) :] + b)]
-  weights += [LinearWeights(f"layer_{i}")(*fans) for i, fans in enumerate(itertools.pairwise(sizes), start=1)]
+  for i, fans in enumerate(itertools.pairwise(sizes), start=1):
+    weights.append(LinearWeights(f"layer_{i}")(*fans, jnp.zeros if zero_output and i == len(sizes) - 1 else None))
 
   def network(*features: Float[Array, "_ n"]) -> Float[Array, "outputs n"]:
     h = jnp.concatenate(features)

@@ -54,7 +54,11 @@ class LSTM(hk.Module):
 
 
 def build(
-  *, hidden_sizes: tuple[int, ...] = (20, 20), step_multiplier: float = 0.01, p: float = 10.0
+  *,
+  hidden_sizes: tuple[int, ...] = (20, 20),
+  step_multiplier: float = 0.01,
+  p: float = 10.0,
+  zero_output: bool = False,
 ) -> base.LearnedOptimizer:
   """One small LSTM whose weights all inner parameters share, each with a hidden state of its own.
 
@@ -64,6 +68,7 @@ def build(
     hidden_sizes: Units of the stacked LSTM layers.
     step_multiplier: λ, which makes the first steps of an untrained network small ones.
     p: Gradients below exp(-p) are passed on linearly, larger ones by logarithm and sign.
+    zero_output: Whether the last layer begins at zero, and with it the updates: for learned directions.
 
   Raises:
     ValueError: For no layer, or one with less than one unit, or p ≤ 0.
@@ -78,7 +83,7 @@ def build(
     for size, state in zip(hidden_sizes, states, strict=True):
       hidden, state = LSTM(size)(hidden, state)
       new.append(state)
-    w, b = layers.LinearWeights("linear")(hidden_sizes[-1], 1)
+    w, b = layers.LinearWeights("linear")(hidden_sizes[-1], 1, jnp.zeros if zero_output else None)
     return w[:, 0] @ hidden + b, tuple(new)
 
   net = hk.without_apply_rng(hk.transform(network))

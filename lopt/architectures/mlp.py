@@ -33,6 +33,7 @@ def build(
   step_multiplier: float = 1e-3,
   exp_multiplier: float = 1e-3,
   epsilon: float = 1e-12,
+  zero_output: bool = False,
 ) -> base.LearnedOptimizer:
   """One small MLP, applied to every inner parameter on its own.
 
@@ -48,6 +49,7 @@ def build(
     exp_multiplier: λ₂.
     epsilon: ε, below which mean squares are not normalised away. The authors' code has 1e-5, with which tasks whose
       gradients are small look like converged ones.
+    zero_output: Whether the last layer begins at zero, and with it the updates: for learned directions.
 
   Raises:
     ValueError: For no hidden layer, or a width below 1.
@@ -55,7 +57,9 @@ def build(
   if not hidden_sizes or min(hidden_sizes) < 1:
     raise ValueError(f"hidden_sizes: needs one or more widths of at least 1, not {hidden_sizes}")
 
-  net = hk.without_apply_rng(hk.transform(functools.partial(layers.mlp, sizes=(*hidden_sizes, 2))))
+  net = hk.without_apply_rng(
+    hk.transform(functools.partial(layers.mlp, sizes=(*hidden_sizes, 2), zero_output=zero_output))
+  )
 
   def init(key: base.PRNGKey) -> base.Theta:
     return net.init(key, jnp.ones((8, 1)), jnp.ones(8), jnp.ones(11))

@@ -1,6 +1,6 @@
 """Several problems under one θ: the gradient of the weighted mean of their objectives."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,15 @@ import optax
 
 from lopt import base
 
+TINY = 1e-30  # a family whose gradients are all zero keeps them
 
-def combine(estimators: Mapping[str, base.GradientEstimator], weights: Mapping[str, float]) -> base.GradientEstimator:
+
+def combine(
+  estimators: Mapping[str, base.GradientEstimator],
+  weights: Mapping[str, float],
+  *,
+  balance: Callable[[base.Scalar], base.Scalar] | None = None,
+) -> base.GradientEstimator:
   """Estimates Σ_i w_i ∇ E[Σ_t L_t]_i / E[T]_i, with the weights w scaled to add up to 1.
 
   For task families whose arrays differ in shape, so that no `vmap` can hold them all. Each has as many particles as
@@ -18,6 +25,9 @@ def combine(estimators: Mapping[str, base.GradientEstimator], weights: Mapping[s
   Args:
     estimators: By a name for each problem. All estimate for the same θ and have the same number of particles.
     weights: By the same names, above 0.
+    balance: The mean of a number over all devices (`parallel.mean`, or the identity where there is one). With it,
+      each family's gradient is divided by √(mean |g_i|²) over its particles i, so that all have as much noise.
+      Without, families whose losses can go to zero drown those where an optimizer gains a few percent at most.
 
   Returns:
     An estimator with the metrics of all: `meta_loss` is the weighted mean, `meta_loss/<name>` that of each,
@@ -51,6 +61,12 @@ def combine(estimators: Mapping[str, base.GradientEstimator], weights: Mapping[s
     results = {name: estimators[name].estimate(k, theta, state[name]) for name, k in keys(key).items()}
     gradients = {name: gradient for name, (gradient, _, _) in results.items()}
     metrics = {name: metrics for name, (_, _, metrics) in results.items()}
+    # Of single particles' gradients; not every estimator has them.
+    squares = {name: x["mean_square_gradient"] for name, x in metrics.items() if "mean_square_gradient" in x}
+    if balance is not None:
+      factors = {name: jax.lax.rsqrt(balance(square) + TINY) for name, square in squares.items()}
+      gradients = {name: optax.tree.scale(factors[name], gradients[name]) for name in names}
+      squares = {name: jnp.square(factors[name]) * squares[name] for name in names}
     gradient = jax.tree.map(
       lambda *leaves: sum(share[name] * leaf for name, leaf in zip(names, leaves, strict=True)),
       *(gradients[name] for name in names),
@@ -60,11 +76,11 @@ def combine(estimators: Mapping[str, base.GradientEstimator], weights: Mapping[s
       "diverged": sum(metrics[name]["diverged"] for name in names) / len(names),
       "inner_steps": sum(metrics[name]["inner_steps"] for name in names),
     }
-    if all("mean_square_gradient" in metrics[name] for name in names):
+    if len(squares) == len(names):
       # Of the n-th particles' Σ_i w_i g_in: noise of different problems is independent, so only means enter the
       # products of two.
       combined["mean_square_gradient"] = _square(gradient) + sum(
-        share[name] ** 2 * (metrics[name]["mean_square_gradient"] - _square(gradients[name])) for name in names
+        share[name] ** 2 * (squares[name] - _square(gradients[name])) for name in names
       )
     combined |= {f"meta_loss/{name}": metrics[name]["meta_loss"] for name in names}
     return gradient, {name: state for name, (_, state, _) in results.items()}, combined

@@ -99,10 +99,15 @@ def averaged(estimator: base.GradientEstimator) -> base.GradientEstimator:
 
   def estimate(key, theta, state):
     gradient, state, metrics = estimator.estimate(key, theta, state)
-    gradient, metrics = jax.lax.pmean((gradient, metrics), AXIS)
+    gradient, metrics = mean((gradient, metrics))
     return gradient, state, metrics
 
   return base.GradientEstimator(estimator.init, estimate)
+
+
+def mean(x: base.PyTree) -> base.PyTree:
+  """Over all devices, inside `spread`."""
+  return jax.lax.pmean(x, AXIS)
 
 
 def spread(function: Callable[..., tuple], devices: int) -> Callable[..., tuple]:

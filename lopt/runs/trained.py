@@ -1,7 +1,9 @@
 """Trained optimizers: one safetensors file with θ and, in its header, the configuration that it needs.
 
-    optimizer = lopt.load("mlp")  # which comes with lopt; or lopt.load("runs/digits")
-    tx = optimizer(num_steps=10_000)  # an optax.GradientTransformationExtraArgs
+    optimizer = lopt.load("adafactor_mlp")  # which comes with lopt; or lopt.load("runs/digits")
+    tx = optimizer(num_steps=10_000)  # recommended learning rate, warm-up and cosine to zero
+    tx = optimizer(learning_rate=1e-2, weight_decay=0.01)  # or a schedule; as optax.adamw
+    tx = optax.chain(optimizer.direction(), optax.scale_by_learning_rate(schedule))
 
 Leaves of θ are named by their path in the pytree, such as `mlp/~/linear_0/w`. The header has the strings
 
@@ -14,7 +16,7 @@ Leaves of θ are named by their path in the pytree, such as `mlp/~/linear_0/w`. 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +45,11 @@ class LoadError(Exception):
 
 
 class TrainedOptimizer(NamedTuple):
-  """A learned optimizer with its θ: `optimizer(num_steps=10_000)` is an Optax transformation."""
+  """A learned optimizer with its θ: `optimizer(num_steps=10_000)` is an Optax transformation.
+
+  What comes of it is used as `tx.update(grads, state, params, value=loss)`, and computes in float32 whatever the
+  parameters' precision, which updates have.
+  """
 
   theta: Theta
   """The trained meta-parameters."""
@@ -52,17 +58,71 @@ class TrainedOptimizer(NamedTuple):
   config: dict[str, Any]
   """The configuration of the run that trained them."""
 
-  def __call__(self, num_steps: int) -> optax.GradientTransformationExtraArgs:
-    """The transformation for an inner run of `num_steps` steps: `tx.update(grads, state, params, value=loss)`.
+  @property
+  def learning_rate(self) -> float | None:
+    """The recommended one; None of an optimizer that takes no learning rate, since it decides on steps by itself."""
+    return self.architecture.learning_rate
 
-    It computes in float32 whatever the parameters' precision, which updates have.
+  def __call__(
+    self,
+    num_steps: Any = None,
+    *,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    weight_decay: float = 0.0,
+    mask: Any | Callable[[PyTree], Any] | None = None,
+  ) -> optax.GradientTransformationExtraArgs:
+    """Δp = -α_t (u + λ p) for a run of `num_steps` steps, with the direction u.
+
+    Args:
+      num_steps: Length of the run; may be traced. Without `learning_rate`, α_t is the recommended rate, warmed up and
+        decayed to zero by a cosine over these steps.
+      learning_rate: α_t: a number, or an Optax schedule of the step. It needs no `num_steps`.
+      weight_decay: λ, decoupled, per unit of the learning rate; as in `optax.adamw`.
+      mask: What λ applies to, as in `optax.adamw`.
 
     Raises:
-      ValueError: `num_steps` is below 1.
+      ValueError: `num_steps` is below 1; neither it nor a learning rate is given; or an optimizer that decides on its
+        steps by itself is given a learning rate or weight decay.
     """
-    if num_steps < 1:
+    if num_steps is not None and not isinstance(num_steps, jax.Array) and num_steps < 1:
       raise ValueError(f"num_steps: {num_steps} is not a number of training steps; it must be at least 1")
-    return _in_float32(self.architecture.transform(self.theta, num_steps))
+    if self.learning_rate is None:
+      if learning_rate is not None or weight_decay:
+        raise ValueError(f"{'weight_decay' if learning_rate is None else 'learning_rate'}: {_NO_DIRECTION}")
+      if num_steps is None:
+        raise ValueError("num_steps: this optimizer needs the number of training steps: optimizer(num_steps=...)")
+      return _in_float32(self.architecture.transform(self.theta, num_steps))
+    if learning_rate is None:
+      if num_steps is None:
+        raise ValueError("num_steps: give it, for the recommended learning rates, or a learning_rate")
+      learning_rate = self.schedule(num_steps)
+    decay = optax.add_decayed_weights(weight_decay, mask) if weight_decay else optax.identity()
+    return optax.chain(self.direction(num_steps), decay, optax.scale_by_learning_rate(learning_rate))
+
+  def direction(self, num_steps: Any = None) -> optax.GradientTransformationExtraArgs:
+    """The direction u alone, uphill as `optax.scale_by_adam`'s and of unit size, to be chained with what sizes steps.
+
+    Args:
+      num_steps: Length of the run, for architectures that use it.
+
+    Raises:
+      ValueError: The optimizer decides on its steps by itself.
+    """
+    if self.architecture.direction is None:
+      raise ValueError(f"direction: {_NO_DIRECTION}")
+    return _in_float32(self.architecture.direction(self.theta, num_steps))
+
+  def schedule(self, num_steps: Any) -> optax.Schedule:
+    """The recommended learning rate at each of `num_steps` steps: warm-up, then a cosine to zero."""
+    if self.architecture.schedule is None:
+      raise ValueError(f"schedule: {_NO_DIRECTION}")
+    return self.architecture.schedule(num_steps)
+
+
+_NO_DIRECTION = (
+  "this optimizer was trained to decide on the size of its steps, and takes neither learning rate nor weight decay; "
+  "call it with num_steps=... alone, or load one with a direction"
+)
 
 
 def _in_float32(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:

@@ -1,0 +1,175 @@
+"""Learned directions: where to go is learned; how far is an ordinary learning rate, and the user's.
+
+The update of a network is added to the direction of Nesterov Adam, and matrices are orthogonalised as in Muon (Jordan
+et al. 2024, kellerjordan.github.io/posts/muon). That small networks learn directions which carry over to large models
+once the step size is left to the user is the finding of Celo2 (arXiv:2602.19142); here the network is a residual on a
+good hand-made direction, and it may be any architecture.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from lopt import base, checks
+
+BETAS = (0.9, 0.99)  # of Nesterov Adam
+SCALE_DECAY = 0.99
+"""Of the moving average that gradients are divided by, tensor by tensor."""
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Muon's coefficients: five steps take every singular value from 0.01 to 1 to somewhere in 0.7 to 1.2."""
+
+
+class DirectionState(NamedTuple):
+  """What a direction remembers of an inner run, beside what its network does: two numbers for each parameter."""
+
+  count: Int[Array, ""]  # inner steps taken
+  mean_rms: base.PyTree  # of each tensor's gradients: moving average from zero, one number for each tensor
+  adam: Any  # optax.ScaleByAdamState, of gradients in the unit of their tensor
+  network: base.State
+
+
+def wrap(
+  optimizer: base.LearnedOptimizer,
+  *,
+  learning_rate: float = 1e-2,
+  warmup: float = 0.05,
+  strength: float = 1.0,
+  elementwise: tuple[str, ...] = (),
+) -> base.LearnedOptimizer:
+  """A direction u of unit size for each tensor, with n the optimizer's update and d that of Nesterov Adam, uphill.
+
+      v = d / rms(d) - c n
+      u = orthogonalise(v) / rms(orthogonalise(v))     of tensors with two axes or more
+      u = v / rms(v)                                   of vectors and scalars, and where `elementwise` says so
+      Δp = -α_t u                                      α_t: `learning_rate`, its warm-up and a cosine down to zero
+
+  rms(x) = √(mean x²) over the tensor. Kernels of convolutions are matrices of [height · width · in, out]. Where
+  n = 0, as for θ = 0, this is Nesterov Adam, orthogonalised.
+
+  Nothing depends on the scale of a tensor's gradients, whatever it is: they are divided by a moving average of their
+  rms before Adam and the network see them. A tensor whose v is zero stays where it is. A gradient with NaN makes all
+  later directions of its tensor NaN, as with Adam; `optax.apply_if_finite` skips such steps.
+
+  Args:
+    optimizer: Any architecture. Its updates of the first θ should be zero or small: `zero_output`.
+    learning_rate: α, recommended to those who give none: about the root mean square of a step of each parameter.
+    warmup: Share of the steps in which α_t rises to α.
+    strength: c.
+    elementwise: Parts of the names of tensors that are not orthogonalised, such as "embed". A name is a tensor's path
+      in the parameters, joined by `/`.
+
+  Returns:
+    The optimizer, with u as its `direction`.
+
+  Raises:
+    ValueError: For a value out of range; the message starts with its name.
+  """
+  checks.require(0 < learning_rate < math.inf, "learning_rate", learning_rate, "above 0 and finite")
+  checks.require(0 <= warmup < 1, "warmup", warmup, "from 0 to below 1")
+  checks.require(0 <= strength < math.inf, "strength", strength, "at least 0 and finite")
+
+  def direction(theta: base.Theta, num_steps: Any) -> optax.GradientTransformationExtraArgs:
+    return _direction(optimizer.transform(theta, num_steps), strength, elementwise)
+
+  def schedule(num_steps: Any) -> optax.Schedule:
+    factor = warmup_cosine(num_steps, warmup)
+    return lambda count: learning_rate * factor(count)
+
+  def transform(theta: base.Theta, num_steps: Any) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(direction(theta, num_steps), optax.scale_by_learning_rate(schedule(num_steps)))
+
+  return base.LearnedOptimizer(optimizer.init, transform, direction, schedule, learning_rate)
+
+
+def warmup_cosine(num_steps: Any, warmup: float) -> optax.Schedule:
+  """The factor min(1, (t + 1) / (w T)) ½ (1 + cos(π t / T)) of step t = 0, 1, … < T = `num_steps`; later 0.
+
+  T may be an array, as in meta-training, which Optax's schedules do not take.
+  """
+
+  def factor(count: Any) -> base.Scalar:
+    rise = jnp.minimum(1.0, (count + 1) / jnp.maximum(warmup * num_steps, 1.0))
+    return rise * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count / num_steps, 1.0)))
+
+  return factor
+
+
+def _direction(
+  network: optax.GradientTransformationExtraArgs, strength: float, elementwise: tuple[str, ...]
+) -> optax.GradientTransformationExtraArgs:
+  b1, b2 = BETAS
+  adam = optax.scale_by_adam(b1, b2, eps=1e-8, nesterov=True)
+
+  def init_fn(params):
+    rms = jax.tree.map(lambda p: jnp.zeros((), jnp.float32), params)
+    return DirectionState(jnp.zeros((), jnp.int32), rms, adam.init(params), network.init(params))
+
+  def update_fn(updates, state, params=None, **extra_args):
+    count = state.count + 1
+    mean_rms = jax.tree.map(lambda mean, g: SCALE_DECAY * mean + (1 - SCALE_DECAY) * _rms(g), state.mean_rms, updates)
+    # Moments are kept in the unit of the newest gradient, so that Adam is Adam whatever the unit does.
+    unit, last_unit = _unbiased(mean_rms, count), _unbiased(state.mean_rms, state.count)
+    change = jax.tree.map(
+      lambda mean, last, new: jnp.where(mean == 0, 0.0, last / new), state.mean_rms, last_unit, unit
+    )
+    moments = state.adam._replace(
+      mu=jax.tree.map(jnp.multiply, state.adam.mu, change),
+      nu=jax.tree.map(lambda x, c: x * jnp.square(c), state.adam.nu, change),
+    )
+    gradients = jax.tree.map(jnp.divide, updates, unit)
+    d, adam_state = adam.update(gradients, moments, params)
+    n, network_state = network.update(gradients, state.network, params, **extra_args)
+
+    def unit_direction(path, d, n):
+      v = _unit(d) - strength * n
+      if v.ndim < 2 or any(part in jax.tree_util.keystr(path, simple=True, separator="/") for part in elementwise):
+        return _unit(v)
+      return _unit(orthogonalise(v.reshape(-1, v.shape[-1])).reshape(v.shape))
+
+    directions = jax.tree_util.tree_map_with_path(unit_direction, d, n)
+    return directions, DirectionState(count, mean_rms, adam_state, network_state)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def orthogonalise(x: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
+  """The matrix with its singular values replaced by some between 0.7 and 1.2, by Newton-Schulz steps.
+
+  From X / ‖X‖, five times X ← a X + (b X Xᵀ + c (X Xᵀ)²) X; a zero matrix stays zero.
+  """
+  if 0 in x.shape:
+    return x
+  rows, columns = x.shape
+  x = x.T if rows > columns else x
+  x = _unit(x) / math.sqrt(x.size)
+  a, b, c = NEWTON_SCHULZ
+  for _ in range(5):
+    gram = x @ x.T
+    x = a * x + (b * gram + c * gram @ gram) @ x
+  return x.T if rows > columns else x
+
+
+def _unbiased(mean_rms: base.PyTree, count: Int[Array, ""]) -> base.PyTree:
+  """Averages corrected for having begun at zero; 1 for tensors that have had no gradient yet."""
+  weight = 1 - jnp.float32(SCALE_DECAY) ** count
+  return jax.tree.map(lambda mean: jnp.where(mean == 0, 1.0, mean / jnp.where(count == 0, 1.0, weight)), mean_rms)
+
+
+def _rms(x: Array) -> base.Scalar:
+  """√(mean x²), also where squares overflow or vanish; 0 of an empty tensor."""
+  if x.size == 0:
+    return jnp.zeros(())
+  peak = jnp.max(jnp.abs(x))
+  scale = jnp.where(peak == 0, 1.0, peak)
+  return peak * jnp.sqrt(jnp.mean(jnp.square(x / scale)))
+
+
+def _unit(x: Array) -> Array:
+  """The tensor with a root mean square of 1; a zero tensor stays zero."""
+  square = jnp.sum(jnp.square(x)) / max(np.prod(x.shape), 1)
+  return x * jax.lax.rsqrt(jnp.where(square == 0, 1.0, square))
