@@ -42,8 +42,8 @@ def build(*, hidden_size: int = 8, step_multiplier: float = 1e-3, zero_output: b
 
       g / √v,  m_β / √v,  m_β,  p,
 
-  each divided by its root mean square over the tensor. Coefficients come from an MLP with one hidden layer (tanh). Its
-  inputs are, with root mean squares over the tensor and ⟨·⟩ averaged with the longest of the decays,
+  each divided by its root mean square over the tensor. Coefficients come from an MLP with one hidden layer (tanh).
+  Its inputs are, with root mean squares over the tensor and ⟨·⟩ averaged with the longest of the decays,
 
       log rms(m_β) / √⟨mean g²⟩      how far the gradients of the last 1 / (1 - β) steps agree
       cos(g, m_β)                    whether the newest does
