@@ -21,22 +21,23 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   # Listed here is what differs from the defaults, for each name that may be picked.
   config = configuration.choose(
     choices,
-    architecture={"mlp": {}},  # lopt/architectures/<name>.py: what is learned
+    # lopt/architectures/<name>.py: what is learned
+    architecture={"tensor_mlp": {"step_multiplier": 0.3, "zero_output": True, "direction": {"learning_rate": 2e-2}}},
     # lopt/tasks/<name>.py: what it learns on
     task={"mlp_classifier": {"dataset": "digits", "min_classes": 5, "batch_size": 32}},
     # lopt/outer/<name>.py: gradients of the meta-loss
-    estimator={"pes": {"sigma": 0.1, "num_pairs": 64}, "es": {"sigma": 0.1, "num_pairs": 64}},
+    estimator={"pes": {"sigma": 0.1, "num_pairs": 32, "noise_period": 200}, "es": {"sigma": 0.1, "num_pairs": 64}},
   )
   config.initial = config_dict.placeholder(str)  # the trained optimizer to start from; None: a fresh one
   config.trainable = ()  # beginnings of the names of those parts of θ that are trained; (): all
   config.seed = 0  # the only source of randomness
-  config.num_outer_steps = 1_600  # updates of θ
+  config.num_outer_steps = 600  # updates of θ
   config.meta_loss = "train"  # what the optimizer is to make small: the loss on 'train' or 'validation' batches
   config.objective = "mean_loss"  # of all inner steps, or 'final_loss'
-  config.late_power = 0.0  # q of the weights (q + 1) (t/T)^q of the losses; 0: all alike
-  config.loss_cap = config_dict.placeholder(float)  # larger losses count as this in meta-training; None: the task's
-  config.log_floor = config_dict.placeholder(float)  # f of the meta-loss log(1 + L / f) / log(1 + 1 / f); None: L
-  config.step_spread = 1.0  # S: each episode's updates are multiplied by a factor drawn from 1/S to S
+  config.late_power = 2.0  # q of the weights (q + 1) (t/T)^q of the losses; 0: all alike
+  config.loss_cap = 10.0  # larger losses count as this in meta-training; None: the task's
+  config.log_floor = 1e-3  # f of the meta-loss log(1 + L / f) / log(1 + 1 / f); None: L
+  config.step_spread = 2.0  # S: each episode's updates are multiplied by a factor drawn from 1/S to S
   config.balance = False  # whether the families of a mixture get gradients of one size, of like noise
   config.precision = "float32"  # of the inner networks' matrix products; 'bfloat16' is for accelerators
 
@@ -45,7 +46,7 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.horizon.maximum = 200
 
   config.outer_optimizer = ml_collections.ConfigDict()  # AdamW on θ
-  config.outer_optimizer.learning_rate = 3e-2  # at its peak; decays along a cosine to the fraction below
+  config.outer_optimizer.learning_rate = 1e-2  # at its peak; decays along a cosine to the fraction below
   config.outer_optimizer.warmup_steps = 50  # outer steps of linear rise to it
   config.outer_optimizer.final_fraction = 0.03
   config.outer_optimizer.weight_decay = 0.0
