@@ -83,6 +83,8 @@ def build(
   precision: inner_training.Precision = "float32",
   loss_cap: float | None = None,
   log_floor: float | None = None,
+  step_spread: float = 1.0,
+  balance: bool = False,
 ) -> Experiment:
   """Makes of a configuration all that it names, so that whatever is wrong with it shows before any work starts."""
   checks.counts(num_outer_steps=num_outer_steps, log_every=log_every)
@@ -125,6 +127,7 @@ def build(
       precision=precision,
       loss_cap=loss_cap,
       log_floor=log_floor,
+      step_spread=step_spread,
     )
     problem = final_loss.wrap(problem) if objective == "final_loss" else problem
     problem = late_losses.wrap(problem, late_power) if late_power else problem
@@ -133,7 +136,8 @@ def build(
   estimators = {name: gradients_of(family) for name, (family, _) in families.items()}
   gradients = next(iter(estimators.values()))
   if len(estimators) > 1:
-    gradients = mixture.combine(estimators, {name: weight for name, (_, weight) in families.items()})
+    weights = {name: weight for name, (_, weight) in families.items()}
+    gradients = mixture.combine(estimators, weights, balance=parallel.mean if balance else None)
   trainer = meta_training.build(gradients, optimizer.init, updates, seed=seed, steps_per_call=log_every)
   return Experiment(families, full, optimizer, whole, trainer, seed, num_outer_steps, **sections)
 

@@ -36,6 +36,8 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.late_power = 0.0  # q of the weights (q + 1) (t/T)^q of the losses; 0: all alike
   config.loss_cap = config_dict.placeholder(float)  # larger losses count as this in meta-training; None: the task's
   config.log_floor = config_dict.placeholder(float)  # f of the meta-loss log(1 + L / f) / log(1 + 1 / f); None: L
+  config.step_spread = 1.0  # S: each episode's updates are multiplied by a factor drawn from 1/S to S
+  config.balance = False  # whether the families of a mixture get gradients of one size, of like noise
   config.precision = "float32"  # of the inner networks' matrix products; 'bfloat16' is for accelerators
 
   config.horizon = ml_collections.ConfigDict()  # inner steps of an episode, drawn log-uniformly for each

@@ -1,16 +1,12 @@
 """Meta-trains the optimizers that come with lopt, see `lopt/pretrained/`.
 
-    make reproduce-pretrained NAME=mlp
+    make reproduce-pretrained NAME=adafactor_mlp
 
-which is `meta_train.py --config=experiments/configs/pretrained.py:architecture=mlp`: by PES on the mixture of
-`mixture.py`, small classifiers of digits (wide, deep, with noisy labels and little data, reparametrised) and
-closed-form surfaces. Episodes are of 50 to 1,000 steps; steps of the optimizers are relative to the parameters, and
-shrink to zero along half a cosine over the run, so that neither scale nor length is tied to what was seen here. What
-is minimised is the logarithm of the loss, so that getting from 0.02 to 0.01 counts as well as getting from 1 to 0.5.
-
-`mlp` has the later settings: late losses count more than early ones, and PES keeps its noise for the whole episode
-(NRES, ES-Single), because meta-gradients are then several times less noisy (`../benchmarks/gradient_noise.py`). For
-`adafactor_mlp` that made no difference; see WORKSPACE.md, "What the shipped optimizers were chosen from".
+which is `meta_train.py --config=experiments/configs/pretrained.py:architecture=adafactor_mlp`: learned directions, by
+PES on the mixture of `mixture.py`. Episodes are of 50 to 400 steps, at learning rates from a third to three times the
+recommended one; what is minimised is the logarithm of the loss, late losses more than early ones, so that getting
+from 0.02 to 0.01 counts as well as getting from 1 to 0.5. PES keeps its noise for the whole episode (NRES,
+ES-Single), which makes meta-gradients less noisy (`../benchmarks/gradient_noise.py`).
 
 The estimators that the paper compares with, at as many inner steps: `:architecture=mlp,estimator=es` is truncated ES,
 `:architecture=mlp,estimator=backprop` truncated backpropagation.
@@ -24,19 +20,16 @@ from lopt import configuration
 
 mixture = configuration.load(pathlib.Path(__file__).with_name("mixture.py"))
 
-LONGEST = 1_000
-STEP_SIZES = {"relative_floor": 1e-3, "base_steps": 1_000}
+LONGEST = 400
+NETWORK = {"step_multiplier": 1.0, "zero_output": True, "direction": {"learning_rate": 1e-2}}
+TIME_SCALES = (1, 3, 10, 30, 100)  # longer ones go on changing after the longest run of meta-training
 ARCHITECTURES = {
-  "mlp": {"step_multiplier": 1e-2, "step_sizes": STEP_SIZES},
-  "adafactor_mlp": {"step_multiplier": 1e-2, "gradient_scale": 1e3, "step_sizes": STEP_SIZES},
-  "lstm": {"step_multiplier": 3e-2, "step_sizes": STEP_SIZES},
+  "tensor_mlp": {**NETWORK, "step_multiplier": 0.3},
+  "adafactor_mlp": {**NETWORK, "time_scales": TIME_SCALES},
+  "mlp": {**NETWORK, "time_scales": TIME_SCALES, "hidden_sizes": (16, 16)},
+  "lstm": {**NETWORK, "hidden_sizes": (16,)},
 }
-SETTINGS = {
-  "mlp": {"num_outer_steps": 2_000, "log_floor": 1e-3, "late_power": 2.0},
-  "adafactor_mlp": {"num_outer_steps": 12_000, "log_floor": 1e-2},
-  "lstm": {"num_outer_steps": 500, "log_floor": 1e-2},
-}
-NOISE_PERIODS = {"mlp": LONGEST, "adafactor_mlp": None, "lstm": None}
+NUM_OUTER_STEPS = {"tensor_mlp": 1_500, "adafactor_mlp": 3_000, "mlp": 1_000, "lstm": 500}
 
 
 def get_config(choices: str = "") -> ml_collections.ConfigDict:
@@ -45,15 +38,18 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   if name not in ARCHITECTURES:
     raise configuration.ConfigError(f"architecture={name}: is not pretrained; there are: {', '.join(ARCHITECTURES)}")
   config.architecture = configuration.choose(f"architecture={name}", architecture=ARCHITECTURES).architecture
-  config.update(SETTINGS[name])
+  config.num_outer_steps = NUM_OUTER_STEPS[name]
   config.horizon.maximum = LONGEST
+  config.step_spread = 3.0
+  config.log_floor = 1e-3
+  config.late_power = 2.0
   config.loss_cap = 10.0
-  config.outer_optimizer.learning_rate = 3e-3
+  config.outer_optimizer.learning_rate = 1e-2
   estimator = config.estimator
   if "sigma" in estimator:
-    estimator.sigma = 0.01
+    estimator.sigma = 0.1
   if estimator.name == "pes":
-    estimator.noise_period = NOISE_PERIODS[name]
+    estimator.noise_period = LONGEST
   if estimator.name == "es":
     estimator.unroll_length = 20
     estimator.num_pairs = 11  # each with a run of its mean: 33 inner runs, where PES has 32

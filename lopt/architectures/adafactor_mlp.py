@@ -77,6 +77,7 @@ def build(
   exp_multiplier: float = 1e-3,
   epsilon: float = 1e-5,
   gradient_scale: float = 1.0,
+  time_scales: tuple[int, ...] = TIME_SCALES,
   zero_output: bool = False,
 ) -> base.LearnedOptimizer:
   """One very small MLP, applied to every inner parameter on its own, that sees what Adam and Adafactor see.
@@ -95,7 +96,7 @@ def build(
   A tensor of fewer than two axes has the plain second moments V_β for R_β and C_β, and V_β^-½ for ρ γ. (Small
   constants keep the roots finite: 1e-6 is added to v, and to V_β next to m_β; 1e-9 to V_β next to g; 1e-8 to R_β and
   C_β as features; ρ^-2 and γ^-2 are at least 1e-9.) Each feature is divided by its root mean square √(mean x² + ε)
-  over the tensor. With tanh(t/τ - 1) of the step t at eleven time scales τ these are the inputs of the network, from
+  over the tensor. With tanh(t/τ - 1) of the step t at several time scales τ these are the inputs of the network, from
   whose outputs d, a the update is
 
       Δp = -λ₁ d exp(λ₂ a).
@@ -112,6 +113,7 @@ def build(
     epsilon: ε, below which mean squares are not normalised away.
     gradient_scale: By which gradients are multiplied first. Nothing depends on it but for ε and the small constants,
       which are the authors' and large for gradients of the size of 1e-3: those look like converged tasks' then.
+    time_scales: τ. Those beyond the runs of meta-training go on changing in longer runs, as never seen.
     zero_output: Whether the last layer begins at zero, and with it the updates: for learned directions.
 
   Raises:
@@ -130,7 +132,7 @@ def build(
   k = len(decays)
   # Inputs in the order of their rows in the first layer's weights, and those that differ from parameter to parameter.
   sizes = {"g": 1, "p": 1, "m": k, "v": 1, "m_v": k, "v_rsqrt": 1, "g_factored": k, "row": k, "column": k}
-  sizes |= {"row_rsqrt": k, "column_rsqrt": k, "m_factored": k, "time": len(TIME_SCALES)}
+  sizes |= {"row_rsqrt": k, "column_rsqrt": k, "m_factored": k, "time": len(time_scales)}
   elementwise = ("g", "p", "m", "v", "m_v", "v_rsqrt", "g_factored", "m_factored")
 
   def layers() -> list[tuple[Float[Array, "fan_in size"], Float[Array, " size"]]]:
@@ -220,7 +222,7 @@ def build(
       if params is None:
         raise ValueError("the Adafactor MLP optimizer needs the parameters: call update(gradients, state, params)")
       updates = jax.tree.map(lambda g: gradient_scale * g, updates)
-      time = jnp.tanh(state.count / jnp.array(TIME_SCALES, jnp.float32) - 1.0)
+      time = jnp.tanh(state.count / jnp.array(time_scales, jnp.float32) - 1.0)
       bias = time @ w["time"] + first_b
       momenta = jax.tree.map(lambda g, m: accumulate(m, g, momentum_gains), updates, state.momenta)
       second_moment = jax.tree.map(

@@ -33,12 +33,13 @@ def build(
   step_multiplier: float = 1e-3,
   exp_multiplier: float = 1e-3,
   epsilon: float = 1e-12,
+  time_scales: tuple[int, ...] = TIME_SCALES,
   zero_output: bool = False,
 ) -> base.LearnedOptimizer:
   """One small MLP, applied to every inner parameter on its own.
 
   For each parameter p with gradient g and momenta m_β ← β m_β + (1 - β) g, the inputs are (g, p, m_β for six β), each
-  divided by its root mean square √(mean x² + ε) over the tensor, and tanh(t/τ - 1) of the step t at eleven time
+  divided by its root mean square √(mean x² + ε) over the tensor, and tanh(t/τ - 1) of the step t at several time
   scales τ. From the network's two outputs d, a the update is
 
       Δp = -λ₁ d exp(λ₂ a).
@@ -49,6 +50,7 @@ def build(
     exp_multiplier: λ₂.
     epsilon: ε, below which mean squares are not normalised away. The authors' code has 1e-5, with which tasks whose
       gradients are small look like converged ones.
+    time_scales: τ. Those beyond the runs of meta-training go on changing in longer runs, as never seen.
     zero_output: Whether the last layer begins at zero, and with it the updates: for learned directions.
 
   Raises:
@@ -62,7 +64,7 @@ def build(
   )
 
   def init(key: base.PRNGKey) -> base.Theta:
-    return net.init(key, jnp.ones((8, 1)), jnp.ones(8), jnp.ones(11))
+    return net.init(key, jnp.ones((8, 1)), jnp.ones(8), jnp.ones(len(time_scales)))
 
   def transform(theta: base.Theta, num_steps: Any) -> optax.GradientTransformationExtraArgs:
     del num_steps
@@ -77,7 +79,7 @@ def build(
       del extra_args
       if params is None:
         raise ValueError("the MLP optimizer needs the parameters: call update(gradients, state, params)")
-      time = jnp.tanh(state.count / jnp.array(TIME_SCALES, jnp.float32) - 1.0)
+      time = jnp.tanh(state.count / jnp.array(time_scales, jnp.float32) - 1.0)
 
       def accumulate(m, g):
         leading = (-1, *[1] * g.ndim)
