@@ -94,10 +94,7 @@ def build(
     raise ValueError(f"late_power: must be 0 where objective is 'final_loss', not {late_power}")
   sections = {
     "periodic_evaluation": configuration.call(_periodic, periodic_evaluation, where="config.periodic_evaluation"),
-    "evaluation": {
-      **configuration.call(_comparison, evaluation, where="config.evaluation"),
-      "tuned_for": objective,
-    },
+    "evaluation": configuration.call(_comparison, evaluation, where="config.evaluation"),
     "checkpoint": configuration.call(_checkpoint, checkpoint, where="config.checkpoint"),
   }
   multiples = {

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lopt import base, checks, inner_training
 from lopt.base import LearnedOptimizer, PRNGKey, PyTree, TaskFamily, TaskParams, Theta
@@ -121,11 +121,12 @@ def compare(
     """One optimizer at all its learning rates."""
     say(f"{name}: {num_tasks} tasks × {num_seeds} seeds, each at its learning rates")
     entry, train = entries[name], functools.partial(trained, name, steps=num_steps)
-    if comparison_rates := entry.recommended is not None or entry.role == "baseline":
-      found = tune(train, num_tasks, entry.unit)
-      if entry.recommended is not None:
-        found = [_with_rate(s, i, entry.recommended, train) for i, s in enumerate(found)]
-    return tuple(found) if comparison_rates else tuple(train(tuple(range(num_tasks)), np.ones((num_tasks, 1))))
+    if entry.recommended is None and entry.role != "baseline":
+      return tuple(train(tuple(range(num_tasks)), np.ones((num_tasks, 1))))  # it takes no learning rate
+    tuned = tune(train, num_tasks, entry.unit)
+    if entry.recommended is not None:
+      tuned = [_with_rate(s, i, entry.recommended, train) for i, s in enumerate(tuned)]
+    return tuple(tuned)
 
   def remembered(name: str, what: dict[str, object], compute: Callable[[], Sequence[Sweep]]) -> tuple[Sweep, ...]:
     content = {**key, "optimizer": fingerprint(name), "steps": num_steps, **what}
@@ -231,7 +232,7 @@ def _entries(optimizers: Mapping[str, tuple[LearnedOptimizer, Theta]], names: Se
 
 def _join(sweeps: Sequence[Sweep]) -> Sweep:
   """The learning rates of several, of one task, in order."""
-  rates = sum((s.rates for s in sweeps), ())
+  rates = [rate for s in sweeps for rate in s.rates]
   order = np.argsort(rates)
   runs = jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:, order], *(s.runs for s in sweeps))
   return Sweep(tuple(rates[i] for i in order), runs)
@@ -288,7 +289,7 @@ def _fingerprint(family: TaskFamily) -> str:
 def _fingerprint_of(family: TaskFamily, entry: _Entry) -> str:
   """A hash of all that an optimizer does to parameters of a family: its update as compiled, and θ."""
 
-  def update(theta: Theta, rate: base.Scalar, num_steps: base.Scalar, key: PRNGKey) -> PyTree:
+  def update(theta: Theta, rate: base.Scalar, num_steps: Int[Array, ""], key: PRNGKey) -> PyTree:
     params = family.init(key, family.sample(key))
     tx = entry.rated(theta, rate, num_steps)
     state = tx.init(params)

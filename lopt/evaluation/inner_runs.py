@@ -45,24 +45,24 @@ class Tasks(NamedTuple):
 class Runs(NamedTuple):
   """What inner training runs produced: losses in the family's common unit, capped at `family.loss_cap`."""
 
-  curve: Float[Array | np.ndarray, "*runs points"]
+  curve: Float[np.ndarray, "*runs points"]
   """The training losses of the steps' minibatches, before the updates: means over equal parts of the run. NaN for a
   part without a step, of runs that have fewer steps than points."""
-  mean_loss: Float[Array | np.ndarray, "*runs"]
+  mean_loss: Float[np.ndarray, "*runs"]
   """Their mean over all steps."""
-  final_loss: Float[Array | np.ndarray, "*runs"]
+  final_loss: Float[np.ndarray, "*runs"]
   """After the last step: the mean over fixed training batches, the same ones for all optimizers."""
-  held_out_loss: Float[Array | np.ndarray, "*runs"]
+  held_out_loss: Float[np.ndarray, "*runs"]
   """Likewise over batches of the validation or the test split."""
-  held_out_metrics: Mapping[str, Float[Array | np.ndarray, "*runs"]]
+  held_out_metrics: Mapping[str, Float[np.ndarray, "*runs"]]
   """What else the family's loss function tells of these batches, such as `accuracy`, averaged likewise."""
-  diverged: Bool[Array | np.ndarray, "*runs"]
+  diverged: Bool[np.ndarray, "*runs"]
   """Whether any of the losses was NaN or reached the cap."""
 
 
-Rated = Callable[[Theta, Scalar, Scalar], optax.GradientTransformationExtraArgs]
+Rated = Callable[[Theta, Scalar, Int[Array, ""]], optax.GradientTransformationExtraArgs]
 """`(theta, learning rate, num_steps) -> tx`: an optimizer whose learning rate is to be tuned."""
-Train = Callable[[Theta, ArrayLike, Tasks, Int[Array, " runs"], ArrayLike], Runs]
+Train = Callable[[Theta, ArrayLike, Tasks, Int[Array, " runs"], int], Runs]
 
 
 def as_is(optimizer: LearnedOptimizer) -> Rated:
@@ -80,7 +80,7 @@ def at_rate(optimizer: LearnedOptimizer) -> Rated:
   if direction is None or recommended is None or peak is None:
     raise ValueError("optimizer: it has no direction, and so takes no learning rate")
 
-  def rated(theta: Theta, rate: Scalar, num_steps: Scalar) -> optax.GradientTransformationExtraArgs:
+  def rated(theta: Theta, rate: Scalar, num_steps: Int[Array, ""]) -> optax.GradientTransformationExtraArgs:
     schedule = recommended(num_steps)
     return optax.chain(
       direction(theta, num_steps), optax.scale_by_learning_rate(lambda count: rate / peak * schedule(count))
@@ -129,11 +129,11 @@ def build_train(
     params, task, seed = run
     key = keys(task, seed)[2]
 
-    def batches(key: PRNGKey, split: str) -> tuple[PRNGKey, PyTree]:
+    def batches(key: PRNGKey, split: str) -> PyTree:  # keys for the loss, batches
       batch_keys, loss_keys = jax.vmap(jax.random.split, out_axes=1)(jax.random.split(key, num_held_out_batches))
       return loss_keys, jax.vmap(lambda key: family.batch(key, task.params, split))(batch_keys)
 
-    def on_batch(batch: tuple[PRNGKey, PyTree]) -> tuple[base.Metrics, Bool[Array, " rates"]]:
+    def on_batch(batch: PyTree) -> tuple[base.Metrics, Bool[Array, " rates"]]:
       def loss_and_metrics(params: Params) -> tuple[base.Metrics, Bool[Array, ""]]:
         loss, metrics = family.loss(params, *batch, task.params)
         loss, bad = cap(loss, task.params)
@@ -176,7 +176,7 @@ def build_train(
 
     advance_all = jax.jit(lambda shared, *run: parallel.map_runs(advance, shared, run))
 
-    def train(theta: Theta, rates: ArrayLike, tasks: Tasks, seeds: Int[Array, " runs"], num_steps: ArrayLike) -> Runs:
+    def train(theta: Theta, rates: ArrayLike, tasks: Tasks, seeds: Int[Array, " runs"], num_steps: int) -> Runs:
       # On the host, because θ may have been committed to other devices than those used here.
       shared = jax.tree.map(np.asarray, theta), jnp.asarray(num_steps, jnp.int32)
       run = start_all(tasks, seeds), jnp.asarray(rates, jnp.float32), tasks, seeds
@@ -185,11 +185,11 @@ def build_train(
       metrics = {name: np.asarray(x, np.float64) for name, x in metrics.items()}  # [runs, splits, rates]
       losses = metrics.pop("")
       sums = np.asarray(sums, np.float64)
-      ends = -(-np.arange(num_points + 1) * int(num_steps) // num_points)  # the first step of each part
+      ends = -(-np.arange(num_points + 1) * num_steps // num_points)  # the first step of each part
       counts = np.where(np.diff(ends) > 0, np.diff(ends), np.nan)
       return Runs(
-        curve=sums / counts,
-        mean_loss=sums.sum(axis=-1) / int(num_steps),
+        curve=(sums / counts).astype(np.float32),
+        mean_loss=sums.sum(axis=-1) / num_steps,
         final_loss=losses[:, 0],
         held_out_loss=losses[:, 1],
         held_out_metrics={name: x[:, 1] for name, x in metrics.items()},

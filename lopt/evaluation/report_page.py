@@ -33,7 +33,7 @@ class _Everything(NamedTuple):
 
   comparisons: dict[str, Comparison]
   measured: Measured
-  by_suite: dict[str, Measured]
+  by_suite: Mapping[str, Measured]
 
 
 def write(suites: Suites, folder: str | os.PathLike[str], about: About) -> Path:
@@ -84,8 +84,8 @@ def page(suites: Suites, about: About, summary: bytes, rates: bytes) -> str:
     verdicts,
     _image(summary, "Speed-ups by suite"),
     "<p class=note>Dots: interquartile means over tasks. Lines: their 95% intervals for other tasks and seeds. "
-    "Ticks: tasks. Every optimizer has each task's best learning rate. Right of 1, the rival takes longer; a task on which "
-    "it does not get there in its longest run counts with that.</p>",
+    "Ticks: tasks. Every optimizer has each task's best learning rate. Right of 1, the rival takes longer; a task on "
+    "which it does not get there in its longest run counts with that.</p>",
     "<h2>Suites</h2>",
     _table(tables.suite_table(everything.by_suite, roles=first.roles), names, column=2),
     f"<h2>Over all {sum(len(c.tasks) for c in all_of_them.values())} tasks</h2>",

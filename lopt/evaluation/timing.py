@@ -73,14 +73,13 @@ def seconds_per_step(
 def with_times(
   comparison: Comparison, family: TaskFamily, optimizers: Mapping[str, tuple[LearnedOptimizer, Theta]]
 ) -> Comparison:
-  """Adds `seconds_per_step` of learned optimizers, of AdamW and Muon, and of a step without an update."""
-  nothing = LearnedOptimizer(
-    lambda key: {}, lambda theta, num_steps: optax.with_extra_args_support(optax.set_to_zero())
-  )
+  """Adds `seconds_per_step` of learned optimizers, of AdamW and Muon, and of a step of plain SGD, for the gradient."""
+  # Parameters have to change, or else the compiler would take the gradient once for all steps, or not at all.
+  least = baselines.from_learning_rate(optax.sgd, cosine=False)
   made = {name: baselines.ALL[name]() for name in (REFERENCE, "Muon") if name in comparison.baselines}
   everyone = {**optimizers, **{name: (optimizer, baselines.theta_at(1e-3)) for name, optimizer in made.items()}}
   seconds = {
     name: seconds_per_step(family, optimizer, theta, num_steps=comparison.num_steps)
-    for name, (optimizer, theta) in {**everyone, GRADIENT: (nothing, {})}.items()
+    for name, (optimizer, theta) in {**everyone, GRADIENT: (least, baselines.theta_at(1e-6))}.items()
   }
   return comparison._replace(seconds_per_step=seconds)
