@@ -73,7 +73,7 @@ def seconds_per_step(
 def with_times(
   comparison: Comparison, family: TaskFamily, optimizers: Mapping[str, tuple[LearnedOptimizer, Theta]]
 ) -> Comparison:
-  """Adds `seconds_per_step` of learned optimizers, of AdamW and Muon, and of a step of plain SGD, for the gradient."""
+  """Adds `seconds_per_step` of learned optimizers, of AdamW and Muon, and of plain SGD, for the gradient."""
   # Parameters have to change, or else the compiler would take the gradient once for all steps, or not at all.
   least = baselines.from_learning_rate(optax.sgd, cosine=False)
   made = {name: baselines.ALL[name]() for name in (REFERENCE, "Muon") if name in comparison.baselines}

@@ -57,9 +57,7 @@ def trained(monkeypatch):
         best, level, power = SETTINGS[who]
         num_tasks = len(seeds) // number
         rows = np.asarray(rates).reshape(num_tasks, number, -1)
-        final = np.concatenate(
-          [losses(best, level, power, rows[i, :1], number, num_steps / STEPS) for i in range(num_tasks)]
-        )
+        final = np.concatenate([losses(best, level, power, row[:1], number, num_steps / STEPS) for row in rows])
         return inner_runs.Runs(
           curve=np.repeat(final[..., None], 4, axis=-1).astype(np.float32),
           mean_loss=2 * final,
@@ -196,9 +194,8 @@ def test_tuning_extends_the_grid_of_the_tasks_whose_best_is_at_its_end():
     for task, row in zip(tasks, rates, strict=True):
       final = np.log(row / (2 * best[task]))[None] ** 2
       zero = np.zeros_like(final)
-      sweeps.append(
-        comparison.Sweep(tuple(row.tolist()), inner_runs.Runs(zero[..., None], zero, final, zero, {}, zero > 0))
-      )
+      runs = inner_runs.Runs(zero[..., None], zero, final, zero, {}, zero > 0)
+      sweeps.append(comparison.Sweep(tuple(row.tolist()), runs))
     return sweeps
 
   inside, above, below = held_out.tune(train, 3, unit=2.0)

@@ -42,8 +42,11 @@ def quadratic_family(noise=0.0, on_trace=lambda: None):
   return TaskFamily(sample, init, batch, loss, lambda loss, task_params: loss / SCALE, CAP)
 
 
+SGD = baselines.from_learning_rate(optax.sgd, cosine=False)
+
+
 def sgd():
-  return inner_runs.baseline(baselines.from_learning_rate(optax.sgd, cosine=False))
+  return inner_runs.baseline(SGD)
 
 
 def train_all(build, rates, tasks, seeds, num_steps):
@@ -256,9 +259,7 @@ def test_families_compared_together_have_tasks_of_their_own():
 def test_metrics_of_the_periodic_evaluation_equal_the_closed_form_and_compile_once():
   traces = []
   family = quadratic_family(on_trace=lambda: traces.append(1))
-  metrics = inner_runs.build_metrics(
-    family, baselines.from_learning_rate(optax.sgd, cosine=False), num_tasks=3, num_seeds=2, num_steps=T, seed=4
-  )
+  metrics = inner_runs.build_metrics(family, SGD, num_tasks=3, num_seeds=2, num_steps=T, seed=4)
   assert not traces
   metrics(baselines.theta_at(0.5))
   traces_of_first_call = len(traces)
@@ -280,7 +281,7 @@ def test_metrics_of_the_periodic_evaluation_equal_the_closed_form_and_compile_on
 def test_metrics_take_a_theta_that_lies_on_another_device():
   metrics = inner_runs.build_metrics(
     quadratic_family(),
-    baselines.from_learning_rate(optax.sgd, cosine=False),
+    SGD,
     num_tasks=2,
     num_seeds=1,
     num_steps=3,
