@@ -62,6 +62,7 @@ class Runs(NamedTuple):
 
 Rated = Callable[[Theta, Scalar, Int[Array, ""]], optax.GradientTransformationExtraArgs]
 """`(theta, learning rate, num_steps) -> tx`: an optimizer whose learning rate is to be tuned."""
+PerRate = dict[str, Float[Array, "*splits rates"]]
 Train = Callable[[Theta, ArrayLike, Tasks, Int[Array, " runs"], int], Runs]
 
 
@@ -125,7 +126,7 @@ def build_train(
     task, seed = run
     return family.init(keys(task, seed)[0], task.params)
 
-  def measure(_: None, run: tuple[Params, Tasks, Int[Array, ""]]) -> tuple[base.Metrics, Bool[Array, " rates"]]:
+  def measure(_: None, run: tuple[Params, Tasks, Int[Array, ""]]) -> tuple[PerRate, Bool[Array, " rates"]]:
     params, task, seed = run
     key = keys(task, seed)[2]
 
@@ -133,7 +134,7 @@ def build_train(
       batch_keys, loss_keys = jax.vmap(jax.random.split, out_axes=1)(jax.random.split(key, num_held_out_batches))
       return loss_keys, jax.vmap(lambda key: family.batch(key, task.params, split))(batch_keys)
 
-    def on_batch(batch: PyTree) -> tuple[base.Metrics, Bool[Array, " rates"]]:
+    def on_batch(batch: PyTree) -> tuple[PerRate, Bool[Array, " rates"]]:
       def loss_and_metrics(params: Params) -> tuple[base.Metrics, Bool[Array, ""]]:
         loss, metrics = family.loss(params, *batch, task.params)
         loss, bad = cap(loss, task.params)

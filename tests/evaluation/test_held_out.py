@@ -45,14 +45,12 @@ def trained(monkeypatch):
 
   def build_train(fam, **options):
     def build(rated):
-      name = build.names[rated] if rated in build.names else next(build.order)
-      build.names[rated] = name
-
       def train(theta, rates, tasks, seeds, num_steps):
         number = len(jnp.unique(seeds))
-        who = name
-        if name == "direction":
-          who = "θ" if any(np.any(x) for x in jax.tree.leaves(theta)) else CONTROL
+        state = str(rated(theta, jnp.float32(1), jnp.int32(1)).init({"mlp/~/linear_0": {"w": jnp.ones((2, 2))}}))
+        who = next(name for mark, name in MARKS.items() if mark in state)
+        if who == "θ" and not any(np.any(x) for x in jax.tree.leaves(theta)):
+          who = CONTROL
         asked.append((who, num_steps, np.asarray(rates)))
         best, level, power = SETTINGS[who]
         num_tasks = len(seeds) // number
@@ -69,8 +67,6 @@ def trained(monkeypatch):
 
       return train
 
-    build.names = {}
-    build.order = iter(ORDER[:])
     return build
 
   monkeypatch.setattr(inner_runs, "build_train", build_train)
@@ -85,7 +81,14 @@ SETTINGS = {
   "Muon": (0.01, 0.1, 0.5),
   "SGDM": (1e-9, 0.5, 1.0),
 }
-ORDER = ["plain", "direction", "AdamW", "Muon", "SGDM"]
+MARKS = {
+  "DirectionState": "θ",
+  "MuonState": "Muon",
+  "TraceState": "SGDM",
+  "ScaleByAdamState": "AdamW",
+  "EmptyState": "plain",
+}
+"""What tells optimizers from each other: their states."""
 
 
 def compare(fam=None, cache_folder=None, names=("Muon", "SGDM"), theta=1.0, **changes):
