@@ -135,8 +135,10 @@ def build_train(
       return loss_keys, jax.vmap(lambda key: family.batch(key, task.params, split))(batch_keys)
 
     def on_batch(batch: PyTree) -> tuple[PerRate, Bool[Array, " rates"]]:
+      loss_key, examples = batch
+
       def loss_and_metrics(params: Params) -> tuple[base.Metrics, Bool[Array, ""]]:
-        loss, metrics = family.loss(params, *batch, task.params)
+        loss, metrics = family.loss(params, loss_key, examples, task.params)
         loss, bad = cap(loss, task.params)
         return {**{name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}, "": loss}, bad
 

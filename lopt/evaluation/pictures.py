@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from lopt.evaluation.comparison import CONTROL, EACH, NONE, REFERENCE, RIVALS, Comparison, Measures, Row, summarize
 from lopt.evaluation.tables import Measured, over
@@ -47,9 +48,7 @@ def speed_ups(suites: Mapping[str, Measured], c: Comparison) -> Figure:
         axes.plot([m.speed_up[rival].value for f in families for m in f], [y] * sum(map(len, families)), "|",
                   color=color, alpha=0.3, markersize=5)  # fmt: skip
         axes.plot([s.low, s.high], [y, y], color=color, linewidth=2, solid_capstyle="butt")
-        axes.plot(
-          [s.value], [y], "o", color=color, markersize=5, label=name if i == 0 and rival == rivals[0] else None
-        )
+        axes.plot([s.value], [y], "o", color=color, markersize=5)
     for i in range(1, len(rows)):
       axes.axhline(i - 0.5, color="#eeeeee", linewidth=0.8, zorder=0)
     axes.axvline(1, color="#555555", linewidth=0.8, zorder=0)
@@ -63,7 +62,8 @@ def speed_ups(suites: Mapping[str, Measured], c: Comparison) -> Figure:
   panels[0].set_yticks(range(len(rows)), list(rows))
   panels[0].set_ylim(len(rows) - 0.5, -0.5)
   figure.supxlabel("speed-up: steps that the rival needs to the same final loss", fontsize=9)
-  figure.legend(loc="outside upper center", ncols=min(6, len(shown)), frameon=False, fontsize=9)
+  marks = [Line2D([], [], color=color, marker="o", markersize=5, linewidth=2, label=name) for name, color in shown]
+  figure.legend(handles=marks, loc="outside upper center", ncols=min(6, len(shown)), frameon=False, fontsize=9)
   return figure
 
 
@@ -90,7 +90,10 @@ def rate_curves(comparisons: Mapping[str, Comparison]) -> Figure:
     axes.set_xscale("log")
     axes.set_yscale("log")
     lowest = min(float(np.nanmin(_by_rate(c, name)[1])) for name in c.roles)
-    axes.set_ylim(0.8 * lowest, max(5.0, 6 * lowest))
+    axes.set_ylim(0.8 * lowest, 5)
+    ticks = [x for x in (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1, 3) if x >= 0.8 * lowest]
+    axes.set_yticks(ticks, [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
     axes.set_title(title, fontsize=9)
     axes.tick_params(labelsize=8)
     _plain_axes(axes, "both")
@@ -241,6 +244,7 @@ def _draw_curves(axes: Axes, c: Comparison, own: Mapping[Row, Sequence[Measures]
     values.append(seeds.mean(axis=0))
   if np.nanmin(values) > 0 and np.nanmax(values) > 10 * np.nanmin(values):
     axes.set_yscale("log")
+    axes.set_ylim(bottom=np.nanmin(values) / 2)  # a band's lower side may go down to nothing
   axes.set_xlim(0, c.num_steps)
   _plain_axes(axes, "both")
 

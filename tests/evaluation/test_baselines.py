@@ -208,7 +208,7 @@ def test_learning_rates_rise_and_fall_to_zero_as_those_of_directions():
 
     def step(state, _):
       updates, state = tx.update(jnp.float32(1.0), state, jnp.float32(0.0), value=jnp.float32(0))
-      return state, -updates
+      return state, -jnp.asarray(updates)
 
     return jax.lax.scan(step, tx.init(jnp.float32(0.0)), None, length=num_steps)[1]
 

@@ -170,7 +170,8 @@ def test_a_second_comparison_trains_nothing_again(trained, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, first.ladders, again.ladders)
   compare(cache_folder=tmp_path, theta=2.0)
   assert {who for who, *_ in trained} == {"θ"}
-  for changed in ({"num_steps": 10}, {"seed": 2}, {"num_seeds": 2}, {"fam": family(0.1)}):
+  changes: list[dict[str, Any]] = [{"num_steps": 10}, {"seed": 2}, {"num_seeds": 2}, {"fam": family(0.1)}]
+  for changed in changes:
     trained.clear()
     compare(cache_folder=tmp_path, **changed)
     assert {who for who, *_ in trained} >= {"plain", "θ", CONTROL, "AdamW", "Muon", "SGDM"}

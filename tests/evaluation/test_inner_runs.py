@@ -120,7 +120,7 @@ def test_the_curve_has_means_over_equal_parts_of_the_run(num_steps, num_points):
   curve = train_all(build, [0.1], tasks, [0], num_steps).curve[0, 0, 0]
   losses = sgd_curve(*task_and_start(family, 3, inner_runs.HELD_OUT, 0, 0), 0.1, num_steps)
   part = [[losses[t] for t in range(num_steps) if t * num_points // num_steps == i] for i in range(num_points)]
-  np.testing.assert_allclose(curve, [np.mean(x) if x else np.nan for x in part], rtol=1e-4)
+  np.testing.assert_allclose(curve, np.array([np.mean(x) if x else np.nan for x in part]), rtol=1e-4)
 
 
 def test_other_lengths_rates_and_theta_are_the_same_program():

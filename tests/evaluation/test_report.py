@@ -27,10 +27,10 @@ def sweep(best, rates=RATES):
   return Sweep(rates, inner_runs.Runs(curve, final**0.5, final, 2 * final, {"accuracy": 1 - final}, final > 0.9))
 
 
-def make(mine=0.05, steps=100, timed=True):
+def make(mine=0.05, steps=100, timed=True) -> Comparison:
   """AdamW's loss is 0.2 / length, Muon's 0.1 / length and that of θ = 0 0.08 / length."""
   levels = {"mine": mine, "old": 0.4, CONTROL: 0.08, "AdamW": 0.2, "Muon": 0.1, "Lion": 0.3}
-  ladders = {
+  ladders: dict[str, tuple[comparison.Ladder, ...]] = {
     name: tuple({x: np.full(SEEDS, levels[name] / x) for x in (0.5, 1.0, 2.0, 4.0)} for _ in range(TASKS))
     for name in (CONTROL, "AdamW", "Muon")
   }
@@ -142,7 +142,9 @@ def test_curves_are_where_the_numbers_are():
   (mine,) = lines(figure.axes[0], "#D55E00")
   assert np.asarray(mine.get_ydata())[-1] == pytest.approx(0.05, rel=0.01)
   assert np.asarray(mine.get_xdata())[-1] == pytest.approx(97.5)  # the middle of the last of 20 parts
-  labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+  legend = figure.axes[0].get_legend()
+  assert legend is not None
+  labels = [text.get_text() for text in legend.get_texts()]
   assert labels == ["mine", "old", CONTROL, "AdamW", "Muon", "other baselines"]
   assert [axes.get_title() for axes in figure.axes[1:]] == ["Task 1", "Task 2", "Task 3"]
 
@@ -150,11 +152,11 @@ def test_curves_are_where_the_numbers_are():
 def test_rates_are_drawn_relative_to_adamw():
   figure = pictures.rate_curves({"a": make(), "b": make(0.4)})
   curve, dot = lines(figure.axes[0], "#D55E00")
-  np.testing.assert_allclose(curve.get_xdata(), RATES)
-  np.testing.assert_allclose(curve.get_ydata(), [0.75, 0.25, 0.75], rtol=1e-3)
-  assert (dot.get_xdata()[0], dot.get_ydata()[0]) == pytest.approx((0.1, 0.25), rel=1e-3)
+  np.testing.assert_allclose(np.asarray(curve.get_xdata()), RATES)
+  np.testing.assert_allclose(np.asarray(curve.get_ydata()), [0.75, 0.25, 0.75], rtol=1e-3)
+  assert (np.asarray(dot.get_xdata())[0], np.asarray(dot.get_ydata())[0]) == pytest.approx((0.1, 0.25), rel=1e-3)
   (adam,) = lines(figure.axes[1], "#0072B2")
-  assert min(adam.get_ydata()) == pytest.approx(1, rel=1e-3)
+  assert np.asarray(adam.get_ydata()).min() == pytest.approx(1, rel=1e-3)
 
 
 def test_speed_ups_are_drawn_by_suite_and_rival():
@@ -163,7 +165,7 @@ def test_speed_ups_are_drawn_by_suite_and_rival():
   assert [axes.get_title() for axes in figure.axes] == ["over tuned AdamW", "over the best baseline", "over θ = 0"]
   assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["fresh", "size"]
   dots = [line for line in lines(figure.axes[1], "#D55E00") if line.get_marker() == "o"]
-  values = [float(line.get_xdata()[0]) for line in dots]
+  values = [float(np.asarray(line.get_xdata())[0]) for line in dots]
   assert values == pytest.approx([3.0, 0.5], rel=0.02)  # 2 and 4 on three tasks each; below the shortest run
   one = pictures.speed_ups({"fresh": by_suite["fresh"]}, SUITES["fresh"]["mlp"])
   assert [text.get_text() for text in one.axes[0].get_yticklabels()] == ["mlp", "deep"]
@@ -178,7 +180,7 @@ def test_meta_training_curves_have_a_line_for_each_family():
   figure = pictures.meta_training_curves(records)
   assert isinstance(figure, Figure)
   assert len(figure.axes[0].lines) == 3
-  np.testing.assert_array_equal(figure.axes[1].lines[0].get_ydata(), [0.5])
+  np.testing.assert_array_equal(np.asarray(figure.axes[1].lines[0].get_ydata()), [0.5])
 
 
 class Page(HTMLParser):
