@@ -23,9 +23,9 @@ reproduce-pretrained: .venv/runtime  ## train again what comes with lopt: NAME=m
 	$(BIN)/python experiments/meta_train.py --config=experiments/configs/pretrained.py:architecture=$(NAME) \
 	  --workdir=runs/pretrained/$(NAME)
 
-report: .venv/runtime  ## compare what comes with lopt with tuned Adam on held-out suites, into runs/report/report.html
+report: .venv/runtime  ## compare what comes with lopt with tuned baselines on held-out suites, into runs/report/report.html
 	$(BIN)/python experiments/evaluate.py --optimizer=adafactor_mlp,mlp,lstm --suite=$(SUITE) \
-	  --baselines=adam_cosine --output=runs/report
+	  --baselines=adamw,nadamw,muon,sgdm,schedule_free_adamw,lion,adafactor,prodigy --output=runs/report
 
 evaluate: .venv/runtime  ## compare the optimizer trained in WORKDIR with tuned baselines on held-out tasks
 	$(BIN)/python experiments/evaluate.py --optimizer=$(WORKDIR)

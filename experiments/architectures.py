@@ -21,7 +21,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from lopt import base, configuration, inner_training
-from lopt.evaluation import held_out
+from lopt.evaluation import inner_runs
 from lopt.outer import meta_training, parallel, pes
 from lopt.runs import files
 
@@ -82,10 +82,10 @@ def main(argv: list[str]) -> None:
   for name in names:
     begun = time.perf_counter()
     learned = configuration.build("architectures", {"name": name}, where="architecture")
-    train = held_out.build_train(family, learned, num_steps=NUM_STEPS)
-    tasks = held_out.sample_tasks(family, 0, held_out.HELD_OUT, 16)
-    both = jax.tree.map(lambda *x: jnp.stack(x), *meta_train(name, learned, family))
-    losses = np.asarray(train(both, tasks, jnp.arange(2)).losses).mean(axis=(1, 3))  # [tasks, before and after]
+    train = inner_runs.build_train(family)(inner_runs.as_is(learned))
+    runs = inner_runs.every_seed(inner_runs.sample_tasks(family, 0, inner_runs.HELD_OUT, 16), 2)
+    both = [train(theta, np.ones((32, 1)), *runs, NUM_STEPS) for theta in meta_train(name, learned, family)]
+    losses = np.stack([x.mean_loss.reshape(16, 2).mean(axis=1) for x in both], axis=1)  # [tasks, before and after]
     ratio = losses[:, 0].mean() / losses[:, 1].mean()
     error = 2 * losses.std(axis=0, ddof=1) / np.sqrt(len(losses))
     size, state_bytes, flops = cost(learned)

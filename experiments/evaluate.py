@@ -10,9 +10,9 @@ or of those of another configuration, as with `--config=experiments/configs/mnis
 Suites are in experiments/suites.py; `--suite=all` is all of them. Writes report.html, report.json and summary.png to
 `--output`, which is the folder `evaluation` beside the optimizer unless told otherwise.
 
-Adam tuned for each task is always there, and by default SGD with momentum and Adam with a cosine schedule, of the
-common ones the hardest to beat; `--baselines=all` takes all of lopt/evaluation/baselines.py, for which one waits
-longer. Their runs are kept in `--cache`, so that another optimizer on the same tasks costs its own runs only.
+Baselines are tuned for each task, with learning rates that are warmed up and decay to zero as those of learned
+directions do; AdamW is always there. Learned directions are tuned likewise, and their θ = 0 too, which shows what was
+learned. All runs are kept in `--cache`, so that another optimizer on the same tasks costs its own runs only.
 """
 
 import datetime
@@ -23,13 +23,13 @@ import sys
 from collections.abc import Collection
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from absl import app, flags, logging
 
 from lopt import base, configuration
-from lopt.evaluation import baselines, comparison, held_out, report, report_page
+from lopt.evaluation import baselines, comparison, held_out, inner_runs, report, report_page, timing
 from lopt.outer import parallel
 from lopt.runs import tracking, trained
 
@@ -38,17 +38,9 @@ OPTIMIZER = flags.DEFINE_list(
 )
 CONFIG = configuration.define_flag("config", None, "Take the tasks from this configuration instead.")
 SUITE = flags.DEFINE_list("suite", None, "Compare on these held-out suites instead, or on all.")
-BASELINES = flags.DEFINE_list(
-  "baselines", ["sgdm", "adam_cosine"], "Functions of lopt/evaluation/baselines.py, or all."
-)
-TUNED_FOR = flags.DEFINE_enum(
-  "tuned_for",
-  "final_loss",
-  get_args(comparison.TunedFor),
-  "Whose lowest value chooses the baselines' learning rates.",
-)
+BASELINES = flags.DEFINE_list("baselines", ["adamw", "muon"], "Functions of lopt/evaluation/baselines.py, or all.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the results.")
-CACHE = flags.DEFINE_string("cache", "runs/baselines", "Folder of what baselines did; empty for none.")
+CACHE = flags.DEFINE_string("cache", "runs/evaluation", "Folder of runs that were done; empty for none.")
 TIMING = flags.DEFINE_boolean("timing", True, "Measure the time of a step; nothing else should run then.")
 WANDB = flags.DEFINE_enum("wandb", "auto", tracking.MODES, "Weights & Biases, as in meta_train.py.")
 NUM_TASKS = flags.DEFINE_integer("num_tasks", None, "Held-out tasks; by default what the configuration says.", 1)
@@ -153,7 +145,7 @@ def own_tasks(optimizer: trained.TrainedOptimizer, path: str) -> dict[str, dict[
 
 def seeds(options: dict[str, Any], names: Collection[str]) -> dict[str, int]:
   """Of each family: from what `--seed` says, or else these options."""
-  return held_out.seeds_of_families(options["seed"] if SEED.value is None else SEED.value, names)
+  return inner_runs.seeds_of_families(options["seed"] if SEED.value is None else SEED.value, names)
 
 
 def compare(
@@ -169,13 +161,12 @@ def compare(
       print(f"{suite}: {name}: {stage}", flush=True)
 
     options = {"progress": say, "baseline_names": chosen, "cache_folder": CACHE.value or None}
-    options["tuned_for"] = TUNED_FOR.value
     compared[name] = configuration.call(
       held_out.compare, member.options | settings | options, member.family, optimizers, where="config.evaluation"
     )
-    if TIMING.value:
+    if TIMING.value and len(compared) == 1:  # one family stands for its suite
       say("timing")
-      compared[name] = held_out.with_times(compared[name], member.family, optimizers)
+      compared[name] = timing.with_times(compared[name], member.family, optimizers)
   return compared
 
 
@@ -205,13 +196,12 @@ def track(compared: dict[str, dict[str, comparison.Comparison]], folder: Path, a
     raise configuration.ConfigError(str(error)) from error
   numbers = {}
   for suite, members in compared.items():
-    comparisons = list(members.values())
-    for name in comparisons[0].evaluations:
-      s = comparison.summarize(comparisons, name)
-      numbers[f"{suite}/{name}/speed_up"] = s.speed_up.value
-      numbers[f"{suite}/{name}/relative_loss"] = s.relative_loss.value
-      for field in ("median_speed_up", "mean_loss", "final_loss", "test_loss", "rank", "diverged"):
-        numbers[f"{suite}/{name}/{field}"] = getattr(s, field)
+    for name, by_tuning in report.summaries(comparison.measure(members)).items():
+      for tuning, s in by_tuning.items():
+        where = f"{suite}/{name}/{tuning}"
+        numbers |= {f"{where}/speed_up_over/{rival}": x.value for rival, x in s.speed_up.items()}
+        numbers[f"{where}/relative_loss"] = s.relative_loss.value
+        numbers |= {f"{where}/{x}": getattr(s, x) for x in ("mean_loss", "final_loss", "test_loss", "diverged")}
   tracker.log(0, numbers)
   tracker.log_image(0, "summary", folder / "summary.png")
   tracker.finish()

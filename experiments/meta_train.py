@@ -27,7 +27,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from lopt import base, checks, configuration, inner_training
-from lopt.evaluation import held_out, report
+from lopt.evaluation import held_out, inner_runs, pictures, report
 from lopt.outer import final_loss, late_losses, meta_parameters, meta_training, mixture, parallel
 from lopt.runs import checkpoints, files, tracking, trained
 
@@ -94,10 +94,7 @@ def build(
     raise ValueError(f"late_power: must be 0 where objective is 'final_loss', not {late_power}")
   sections = {
     "periodic_evaluation": configuration.call(_periodic, periodic_evaluation, where="config.periodic_evaluation"),
-    "evaluation": {
-      **configuration.call(_comparison, evaluation, where="config.evaluation"),
-      "tuned_for": objective,
-    },
+    "evaluation": configuration.call(_comparison, evaluation, where="config.evaluation"),
     "checkpoint": configuration.call(_checkpoint, checkpoint, where="config.checkpoint"),
   }
   multiples = {
@@ -221,7 +218,7 @@ def meta_train(
   options = dict(experiment.periodic_evaluation)
   evaluation_every = options.pop("every")
   metrics_of = {
-    name: held_out.build_metrics(family, experiment.optimizer, seed=experiment.seed, **options)
+    name: inner_runs.build_metrics(family, experiment.optimizer, seed=experiment.seed, **options)
     for name, (family, _) in experiment.families.items()
   }
   total_weight = sum(weight for _, weight in experiment.families.values())
@@ -315,14 +312,14 @@ def main(argv: list[str]) -> None:
   trained.export(path, theta, config, outer_steps=experiment.num_outer_steps)
   options = {"seed": experiment.seed, "progress": lambda stage: print(f"evaluation: {stage}", flush=True)}
   options |= experiment.evaluation
-  seeds = held_out.seeds_of_families(options.pop("seed"), experiment.families)
+  seeds = inner_runs.seeds_of_families(options.pop("seed"), experiment.families)
   comparisons = {
     name: held_out.compare(family, {"learned": (experiment.architecture, theta)}, seed=seeds[name], **options)
     for name, (family, _) in experiment.families.items()
   }
   picture = report.write_all(comparisons, workdir)
   records = [json.loads(line) for line in (workdir / tracking.METRICS).read_text("utf-8").splitlines()]
-  files.write_atomically(workdir / "training.png", report.png(report.meta_training_curves(records)))
+  files.write_atomically(workdir / "training.png", pictures.png(pictures.meta_training_curves(records)))
   tracker.log_image(experiment.num_outer_steps, "comparison", picture)
   tracker.finish()
   print(f"\n{report.table_of_all(comparisons)}\n")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import lopt
 from lopt import base, inner_training
-from lopt.evaluation import held_out
+from lopt.evaluation import inner_runs
 from lopt.outer import meta_training, parallel, pes
 from lopt.runs import trained
 
@@ -63,7 +63,7 @@ def fine_tune(optimizer: str, path: Path, outer_steps: int) -> tuple[float, floa
       progress=progress,
     )
   trained.export(path, state.theta, there.config, outer_steps=outer_steps)
-  measure = held_out.build_metrics(family, there.architecture, num_tasks=8, num_seeds=2, num_steps=200, seed=0)
+  measure = inner_runs.build_metrics(family, there.architecture, num_tasks=8, num_seeds=2, num_steps=200, seed=0)
   return measure(there.theta)["mean_loss"], measure(lopt.load(path).theta)["mean_loss"]
 
 

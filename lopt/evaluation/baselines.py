@@ -1,9 +1,12 @@
 """Hand-designed optimizers of Optax in the slot of a learned one: θ is the logarithm of the learning rate.
 
-The evaluation tunes that one number for each task, over `LEARNING_RATES`; all else is as the papers or Optax have it.
-A further baseline is one more function that hands an Optax optimizer to `from_learning_rate`, and a line in `ALL`.
+The evaluation tunes that one number for each task, over the half-decades `GRID` times the optimizer's `UNITS`; all
+else is as the papers or Optax have it. Learning rates are warmed up and decay to zero as those of learned directions
+do (`lopt.architectures.direction.warmup_cosine`), but for the schedule-free one. A further baseline is one more
+function that hands an Optax optimizer to `from_learning_rate`, and a line in `ALL`.
 """
 
+import re
 from collections.abc import Callable
 
 import jax
@@ -12,12 +15,13 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
-from lopt.base import LearnedOptimizer, Params, PRNGKey, Scalar, State, Theta
+from lopt.architectures import direction
+from lopt.base import LearnedOptimizer, Params, PRNGKey, State, Theta
 
 Step = Int[Array, ""]
 
-WARMUP_SHARE = 0.1
-"""The share of the steps over which `adam_warmup_cosine` raises its learning rate."""
+WARMUP = 0.05
+"""The share of the steps in which a learning rate rises to its peak."""
 
 
 def half_decade(index: int) -> float:
@@ -25,9 +29,10 @@ def half_decade(index: int) -> float:
   return float(f"{3 if index % 2 else 1}e{index // 2}")
 
 
-GRID = range(-12, 2)
-LEARNING_RATES = tuple(half_decade(index) for index in GRID)
-"""1e-6, 3e-6, 1e-5, …, 1, 3: the 14 learning rates among which the evaluation chooses for each task."""
+GRID = range(-8, 1)
+"""Half-decades from 1e-4 to 1, in an optimizer's unit; the evaluation goes on where the best is at an end."""
+LEARNING_RATES = tuple(half_decade(index) for index in range(-12, 2))
+"""1e-6, 3e-6, 1e-5, …, 1, 3: for comparisons with constant learning rates."""
 
 
 def theta_at(learning_rate: ArrayLike) -> Theta:
@@ -35,16 +40,12 @@ def theta_at(learning_rate: ArrayLike) -> Theta:
   return {"log_learning_rate": jnp.log(jnp.asarray(learning_rate, jnp.float32))}
 
 
-def from_learning_rate(
-  make: Callable[..., optax.GradientTransformation],
-  *,
-  factor: Callable[[Step, ArrayLike], Scalar] | None = None,
-) -> LearnedOptimizer:
+def from_learning_rate(make: Callable[..., optax.GradientTransformation], *, cosine: bool = True) -> LearnedOptimizer:
   """An Optax optimizer as a `LearnedOptimizer` with θ = {"log_learning_rate": scalar}, at first log(1e-3).
 
   Args:
-    make: `(learning_rate) -> optimizer`; the learning rate is a traced float32 scalar, or with `factor` a schedule.
-    factor: `(t, num_steps) -> factor on the learning rate` of step t = 0, …, num_steps - 1; None: it is constant.
+    make: `(learning_rate) -> optimizer`; the learning rate is a schedule or, without `cosine`, a traced scalar.
+    cosine: Whether the learning rate is warmed up and then decays to zero; else it is constant.
   """
 
   def init(key: PRNGKey) -> Theta:
@@ -53,50 +54,30 @@ def from_learning_rate(
 
   def transform(theta: Theta, num_steps: ArrayLike) -> optax.GradientTransformationExtraArgs:
     peak = jnp.exp(theta["log_learning_rate"])
-    learning_rate = peak if factor is None else lambda t, factor=factor: peak * factor(t, num_steps)
-    return optax.with_extra_args_support(make(learning_rate))
+    factor = direction.warmup_cosine(num_steps, WARMUP)
+    return optax.with_extra_args_support(make((lambda t: peak * factor(t)) if cosine else peak))
 
   return LearnedOptimizer(init, transform)
 
 
-def sgd() -> LearnedOptimizer:
-  """Stochastic gradient descent: x_t = x_{t-1} - α g_t."""
-  return from_learning_rate(optax.sgd)
+def adam() -> LearnedOptimizer:
+  """Adam (Kingma & Ba 2015, algorithm 1) with β1 = 0.9, β2 = 0.999, ε = 1e-8, and a constant learning rate."""
+  return from_learning_rate(optax.adam, cosine=False)
 
 
 def sgdm() -> LearnedOptimizer:
-  """SGD with heavy-ball momentum 0.9: m_t = g_t + 0.9 m_{t-1}, x_t = x_{t-1} - α m_t."""
-  return from_learning_rate(lambda learning_rate: optax.sgd(learning_rate, momentum=0.9))
-
-
-def nesterov() -> LearnedOptimizer:
-  """SGD with Nesterov momentum 0.9: m_t as in `sgdm`, x_t = x_{t-1} - α (g_t + 0.9 m_t) (Sutskever et al. 2013)."""
+  """SGD with Nesterov momentum 0.9: m_t = g_t + 0.9 m_{t-1}, x_t = x_{t-1} - α (g_t + 0.9 m_t)."""
   return from_learning_rate(lambda learning_rate: optax.sgd(learning_rate, momentum=0.9, nesterov=True))
 
 
-def rmsprop() -> LearnedOptimizer:
-  """RMSProp (Hinton 2012): v_t = 0.9 v_{t-1} + 0.1 g_t², x_t = x_{t-1} - α g_t / √(v_t + 1e-8)."""
-  return from_learning_rate(optax.rmsprop)
-
-
-def adam() -> LearnedOptimizer:
-  """Adam (Kingma & Ba 2015, algorithm 1) with β1 = 0.9, β2 = 0.999, ε = 1e-8."""
-  return from_learning_rate(optax.adam)
-
-
 def adamw() -> LearnedOptimizer:
-  """`adam` with decoupled weight decay: x_t = x_{t-1} - α (Adam's step + 0.01 x_{t-1}) (Loshchilov & Hutter 2019)."""
-  return from_learning_rate(lambda learning_rate: optax.adamw(learning_rate, weight_decay=0.01))
+  """AdamW (Loshchilov & Hutter 2019): β1 = 0.9, β2 = 0.999, ε = 1e-8, decay 1e-4 as in Optax."""
+  return from_learning_rate(optax.adamw)
 
 
-def nadam() -> LearnedOptimizer:
-  """`adam` with Nesterov momentum (Dozat 2016)."""
-  return from_learning_rate(optax.nadam)
-
-
-def amsgrad() -> LearnedOptimizer:
-  """`adam` whose second moment is the largest so far (Reddi et al. 2018), of the bias-corrected ones."""
-  return from_learning_rate(optax.amsgrad)
+def nadamw() -> LearnedOptimizer:
+  """`adamw` with Nesterov momentum (Dozat 2016)."""
+  return from_learning_rate(optax.nadamw)
 
 
 def lion() -> LearnedOptimizer:
@@ -109,70 +90,50 @@ def adafactor() -> LearnedOptimizer:
   return from_learning_rate(optax.adafactor)
 
 
+def prodigy() -> LearnedOptimizer:
+  """Prodigy (Mishchenko & Defazio 2023), Adam that estimates its step size; what is tuned is the factor on that."""
+  return from_learning_rate(optax.contrib.prodigy)
+
+
 def muon() -> LearnedOptimizer:
   """Muon (Jordan et al. 2024): steps of orthogonalised momentum, of Adam's usual size (Liu et al. 2025, eq. 4).
 
-  That is for matrices, and for convolution kernels as the matrices [height · width · inputs, outputs]; all other
-  tensors are `nadam`'s, at the same learning rate. Embeddings and last layers, being matrices, are Muon's too.
+  That is for hidden matrices, and for convolution kernels as the matrices [height · width · inputs, outputs]. All
+  other tensors (embeddings, the output layer, vectors) are Nesterov Adam's at the same learning rate, as is usual
+  with steps of that size.
   """
+  return _muon(lambda params: [name != _output(params) and not _EMBEDDING.search(name) for name in _names(params)])
 
-  def dimensions(params: Params) -> Params:
-    kernel = optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
-    by_rank = {2: optax.contrib.MuonDimensionNumbers(), 4: kernel}
-    return jax.tree.map(lambda x: by_rank.get(x.ndim), params)
 
-  def make(learning_rate: Scalar) -> optax.GradientTransformation:
-    return optax.contrib.muon(learning_rate, muon_weight_dimension_numbers=dimensions, consistent_rms=0.2)
-
-  return from_learning_rate(make)
+def muon_all() -> LearnedOptimizer:
+  """`muon` for every matrix, embeddings and the output layer too."""
+  return _muon(lambda params: [True for _ in _names(params)])
 
 
 def schedule_free_adamw() -> LearnedOptimizer:
-  """Schedule-free Adam (Defazio et al. 2024) with β1 = 0.9, β2 = 0.999, without warm-up and weight decay.
+  """Schedule-free AdamW (Defazio et al. 2024) with β1 = 0.9, β2 = 0.999, without warm-up, cosine and weight decay.
 
-  Gradients, and so the losses of the training curve, are those of its y. What it would hand over is its x: held-out
+  Gradients, and so the losses of the training curve, are those of its y. What it would hand over is its x: final
   losses are of these, see `evaluation_params`.
   """
-  return from_learning_rate(optax.contrib.schedule_free_adamw)
-
-
-def adam_cosine() -> LearnedOptimizer:
-  """`adam` whose learning rate falls to zero: α (1 + cos(π t / T)) / 2 at step t = 0, …, T - 1."""
-
-  def factor(t: Step, num_steps: ArrayLike) -> Scalar:
-    return (1 + jnp.cos(jnp.pi * jnp.minimum(t / num_steps, 1.0))) / 2
-
-  return from_learning_rate(optax.adam, factor=factor)
-
-
-def adam_warmup_cosine() -> LearnedOptimizer:
-  """`adam` with a warm-up of w = T/10 steps: α (t + 1) / w while t < w, then α (1 + cos(π (t - w) / (T - w))) / 2."""
-
-  def factor(t: Step, num_steps: ArrayLike) -> Scalar:
-    warmup = jnp.maximum(jnp.round(WARMUP_SHARE * jnp.asarray(num_steps)), 1.0)
-    progress = jnp.clip((t - warmup) / jnp.maximum(num_steps - warmup, 1.0), 0.0, 1.0)
-    return jnp.minimum((t + 1) / warmup, (1 + jnp.cos(jnp.pi * progress)) / 2)
-
-  return from_learning_rate(optax.adam, factor=factor)
+  return from_learning_rate(optax.contrib.schedule_free_adamw, cosine=False)
 
 
 ALL: dict[str, Callable[[], LearnedOptimizer]] = {
-  "Adam": adam,
-  "SGDM": sgdm,
-  "Adam + cosine": adam_cosine,
-  "Adam + warm-up + cosine": adam_warmup_cosine,
   "AdamW": adamw,
-  "NAdam": nadam,
-  "AMSGrad": amsgrad,
-  "SGD": sgd,
-  "Nesterov": nesterov,
-  "RMSProp": rmsprop,
+  "NAdamW": nadamw,
+  "Muon": muon,
+  "Muon, all matrices": muon_all,
+  "SGDM": sgdm,
+  "Schedule-free AdamW": schedule_free_adamw,
   "Lion": lion,
   "Adafactor": adafactor,
-  "Muon": muon,
-  "Schedule-free AdamW": schedule_free_adamw,
+  "Prodigy": prodigy,
 }
 """By their names in tables and legends. On command lines they are called as their functions are."""
+
+UNITS: dict[str, float] = {"SGDM": 10.0, "Lion": 0.1, "Prodigy": 100.0}
+"""Of their learning rates, where it is not 1: so that the best of most tasks is well within the grid."""
 
 
 def evaluation_params(state: State, params: Params) -> Params:
@@ -180,3 +141,43 @@ def evaluation_params(state: State, params: Params) -> Params:
   if isinstance(state, optax.contrib.ScheduleFreeState):
     return optax.contrib.schedule_free_eval_params(state, params)
   return params
+
+
+_EMBEDDING = re.compile(r"embed|position")
+_LAYER = re.compile(r"^(?P<module>.*?)(_(?P<number>\d+))?/w$")
+
+
+def _names(params: Params) -> list[str]:
+  return [
+    jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(params)
+  ]
+
+
+def _output(params: Params) -> str | None:
+  """The name of the output layer's matrix, by how Haiku names modules: `head`; else the last of the layers `linear`,
+  of the decoder's, or of the `mlp`'s, whichever there is first.
+  """
+  layers = [(m["module"], int(m["number"] or 0), name) for name in _names(params) if (m := _LAYER.match(name))]
+  for module in ("head", "linear", "decoder/~/linear", "mlp/~/linear"):
+    if own := [layer for layer in layers if layer[0] == module]:
+      return max(own)[2]
+  return None
+
+
+def _muon(is_muons: Callable[[Params], list[bool]]) -> LearnedOptimizer:
+  kernel = optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
+  by_rank = {2: optax.contrib.MuonDimensionNumbers(), 4: kernel}
+
+  def dimensions(params: Params) -> Params:
+    leaves, structure = jax.tree.flatten(params)
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    # Optax asks again for the part of the tree that is Muon's, in which the output layer is masked.
+    is_part = any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked)))
+    own = [True] * len(leaves) if is_part else is_muons(params)
+    return structure.unflatten([by_rank.get(x.ndim) if mine else None for x, mine in zip(leaves, own, strict=True)])
+
+  return from_learning_rate(
+    lambda learning_rate: optax.contrib.muon(
+      learning_rate, muon_weight_dimension_numbers=dimensions, consistent_rms=0.2
+    )
+  )

@@ -1,246 +1,284 @@
 """What a comparison of optimizers says: measures of every optimizer on every task, and their summaries.
 
-How the measures are defined, and where they come from: `lopt.evaluation.measures`.
+An optimizer that takes a learning rate is there with three tunings: each task's best rate, one rate for all tasks,
+and, of a learned direction, what it recommends. How measures are defined: `lopt.evaluation.measures`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import jax
 import numpy as np
-from jax import Array
-from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from lopt.evaluation import measures
-from lopt.evaluation.measures import Interval
+from lopt.evaluation.inner_runs import Runs
+from lopt.evaluation.measures import Interval, SpeedUp
 
-REFERENCE = "Adam"
-"""The tuned baseline with which everything is compared."""
-UNTUNED = "Adam at 1e-3"
-"""The same with the learning rate that one takes who does not tune."""
+REFERENCE = "AdamW"
+"""The tuned baseline that is in every comparison."""
+CONTROL = "θ = 0"
+"""The untrained direction: what is no better has learned nothing."""
+BEST = "best baseline"
+"""Of each task, the baseline with the lowest final loss, each at the task's best learning rate."""
+RIVALS = (REFERENCE, BEST, CONTROL)
+"""Those over which speed-ups are told."""
 
-
-TunedFor = Literal["mean_loss", "final_loss"]
-"""The mean training loss of all steps, or the training loss after the last: of these `Measures` the lowest."""
-
-
-class Runs(NamedTuple):
-  """What inner training runs produced: losses in the family's common unit, capped at `family.loss_cap`."""
-
-  losses: Float[Array | np.ndarray, "*runs steps"]
-  """The training loss at each step: that of the step's minibatch, before the update."""
-  train_losses: Float[Array | np.ndarray, "*runs points"]
-  """The mean over fixed training batches, the same ones for all optimizers, after as many steps as were asked for."""
-  held_out_loss: Float[Array | np.ndarray, "*runs"]
-  """After step T, the mean over batches of the validation or the test split."""
-  held_out_metrics: Mapping[str, Float[Array | np.ndarray, "*runs"]]
-  """What else the family's loss function tells of these batches, such as `accuracy`, averaged likewise."""
-  diverged: Bool[Array | np.ndarray, "*runs"]
-  """Whether any of the losses until then was NaN or reached the cap."""
+Tuning = Literal["each task's", "one for all", "recommended", "none"]
+"""The learning rate: each task's best, chosen on the other seeds; one for all tasks, chosen on those of the other
+families; what the optimizer recommends; or that it takes none."""
+EACH, ONE, RECOMMENDED, NONE = "each task's", "one for all", "recommended", "none"
+Role = Literal["learned", "control", "baseline"]
 
 
-class Tuning(NamedTuple):
-  """How a baseline's learning rate was chosen for one task."""
+class Sweep(NamedTuple):
+  """One optimizer on one task at several learning rates."""
 
-  learning_rates: tuple[float, ...]
-  """Those tried, ascending."""
-  losses: tuple[float, ...]
-  """`tuned_for` of each, over tuning seeds."""
-  best: float
-  """The learning rate with the lowest."""
-  interior: bool
-  """Whether lower and higher ones were tried; if not, a better one may lie outside the grid."""
+  rates: tuple[float, ...]
+  """Ascending."""
+  runs: Runs
+  """[seeds, rates, ...]."""
 
+  @property
+  def best(self) -> int:
+    """The learning rate of lowest final loss over all seeds, by index."""
+    return int(np.argmin(self.runs.final_loss.mean(axis=0)))
 
-class Measures(NamedTuple):
-  """One optimizer on one task. Losses are in the family's common unit, 1 = knowing nothing; `_error` is the standard
-  error of the mean over seeds (NaN when there is only one).
-  """
-
-  mean_loss: float
-  """Mean training loss over all steps and seeds: the area under the training curve."""
-  mean_loss_error: float
-  final_loss: float
-  """Training loss after the last step, over fixed batches and seeds."""
-  final_loss_error: float
-  test_loss: float
-  """Mean loss on the test split after the last step, over seeds."""
-  test_loss_error: float
-  test_metrics: dict[str, float]
-  """Likewise what else the family tells, such as `accuracy`."""
-  diverged: float
-  """Share of the runs in which a loss was NaN or reached the cap."""
-  speed_up: float
-  """`measures.speed_up`: the steps that Adam, at the best of all learning rates for each number of steps, needs to
-  get to `final_loss`, divided by T."""
-  speed_up_is_bound: bool
-  """Whether Adam did not get there in `REFERENCE_FACTOR` T steps, so that the speed-up is that much or more."""
-  relative_loss: float
-  """`final_loss` divided by tuned Adam's; NaN where that is not above 0."""
-  rank: float
-  """The place among all optimizers of the comparison by `final_loss`, 1 the lowest."""
-  tuning: Tuning | None
-  """How the learning rate was chosen; None where none was."""
+  @property
+  def tuned_losses(self) -> Float[np.ndarray, " seeds"]:
+    """Each seed's final loss at the rate that is best for the others."""
+    return of_seeds(self.runs, measures.cross_fit(np.asarray(self.runs.final_loss))).final_loss
 
 
-class Evaluation(NamedTuple):
-  """One optimizer on all tasks."""
-
-  measures: tuple[Measures, ...]
-  """One a task."""
-  curves: Float[np.ndarray, "tasks seeds T"]
-  """The training losses."""
-
-
-class Envelope(NamedTuple):
-  """What Adam reached at the best of all learning rates, see `measures.envelope`; of the mean over seeds."""
-
-  steps: Int[np.ndarray, " points"]
-  """The numbers of steps after which it was measured, beyond the horizon T: `measures.points`."""
-  losses: Float[np.ndarray, "tasks points"]
+Ladder = Mapping[float, Float[np.ndarray, " seeds"]]
+"""Final losses by length, of runs whose schedules end there; 1 is the length of the comparison's runs."""
 
 
 class Comparison(NamedTuple):
-  """Learned optimizers and baselines on the same held-out tasks, with the same seeds."""
+  """Learned optimizers, their untrained direction and baselines on the same held-out tasks of a family, with the same
+  seeds.
+  """
 
   tasks: tuple[str, ...]
   """What tells each task from the others, in a few words."""
   num_steps: int
   """T."""
   num_seeds: int
-  num_tuning_seeds: int
-  tuned_for: TunedFor
-  """What the learning rates of baselines were chosen by."""
   seed: int
-  learned: dict[str, Evaluation]
-  baselines: dict[str, Evaluation]
-  """Tuned for each task; and Adam as it is."""
-  envelope: Envelope
+  roles: dict[str, Role]
+  """Of every optimizer, learned ones first."""
+  sweeps: dict[str, tuple[Sweep, ...]]
+  """By optimizer, one a task."""
+  recommended: dict[str, float | None]
+  """The learning rate that each learned optimizer (and the control) recommends; None where it takes none."""
+  ladders: dict[str, tuple[Ladder, ...]]
+  """One a task of those baselines (and the control) that were trained at several lengths; empty where not."""
   seconds_per_step: dict[str, float]
-  """Of one run alone, by `seconds_per_step`; empty where that was not measured."""
+  """Of one run alone, by `timing`, and of the gradient alone as `GRADIENT`; empty where that was not measured."""
 
   @property
-  def evaluations(self) -> dict[str, Evaluation]:
-    """All of them by name, the learned ones first."""
-    return self.learned | self.baselines
+  def learned(self) -> list[str]:
+    return [name for name, role in self.roles.items() if role == "learned"]
+
+  @property
+  def baselines(self) -> list[str]:
+    return [name for name, role in self.roles.items() if role == "baseline"]
+
+  def tunings(self, name: str) -> list[Tuning]:
+    """Those that an optimizer is reported with."""
+    if self.roles[name] == "baseline":
+      return [EACH, ONE]
+    return [NONE] if self.recommended[name] is None else [EACH, ONE, RECOMMENDED]
+
+  def best_baseline(self, task: int) -> str:
+    """The one with the lowest final loss on a task."""
+    return min(self.baselines, key=lambda name: self.sweeps[name][task].tuned_losses.mean())
+
+  def ladder(self, rival: str, task: int) -> Ladder:
+    """Of one of `RIVALS`; empty where there is none."""
+    name = self.best_baseline(task) if rival == BEST else rival
+    return self.ladders[name][task] if name in self.ladders else {}
 
 
-class Summary(NamedTuple):
-  """One optimizer, over all tasks of one comparison or of several."""
+GRADIENT = "gradient alone"
 
-  speed_up: Interval
-  """The interquartile mean over tasks, with its interval for other tasks of the same families and other seeds;
-  likewise the next."""
-  relative_loss: Interval
-  median_speed_up: float
-  """The median over tasks."""
-  bounds: int
-  """The number of tasks on which the speed-up is a lower bound, with which it enters the mean."""
-  num_tasks: int
+
+class Measures(NamedTuple):
+  """One optimizer on one task. Losses are means over seeds in the family's common unit, 1 = knowing nothing."""
+
   mean_loss: float
-  """The mean over tasks; likewise the next five."""
+  """Training loss over all steps: the area under the training curve."""
   final_loss: float
+  """Training loss after the last step, over fixed batches."""
+  final_loss_error: float
+  """Its standard error over seeds, NaN of a single one."""
   test_loss: float
-  test_accuracy: float | None
-  """Over those tasks that have one."""
-  rank: float
+  """Loss on the test split after the last step."""
+  test_metrics: dict[str, float]
+  """Likewise what else the family tells, such as `accuracy`."""
   diverged: float
-  mean_loss_error: float
-  """The standard error of `mean_loss` over seeds; the tasks are taken as given."""
-  tasks_won: dict[str, int]
-  """For each (other) baseline: the number of tasks on which this optimizer's mean training loss is lower."""
-  tasks_interior: int | None
-  """The number of tasks whose best learning rate is interior to the grid; None where none was chosen."""
-  relative_time: float | None
-  """The time of a step divided by Adam's, the median over comparisons; None where it was not measured."""
-  wall_clock_speed_up: float | None
-  """The interquartile mean over tasks of speed-up divided by that."""
+  """Share of the runs in which a loss was NaN or reached the cap."""
+  speed_up: dict[str, SpeedUp]
+  """Over each of `RIVALS` that the comparison has, itself tuned for the task: see `measures.speed_up`."""
+  relative_loss: float
+  """`final_loss` divided by that of tuned AdamW; NaN where that is not above 0."""
+  loss_of_tuning: float
+  """`final_loss` divided by its own with each task's best rate; NaN where that is not above 0."""
+  rate: float
+  """The learning rate; of several seeds with different ones, that of the lowest mean loss."""
+  interior: bool
+  """Whether lower and higher ones than that were tried."""
+  curve: Float[np.ndarray, "seeds points"]
+  """The training losses."""
 
 
-def summarize(comparisons: Sequence[Comparison], name: str) -> Summary:
-  """One optimizer over all tasks of comparisons that have it."""
-  evaluations = [c.evaluations[name] for c in comparisons]
-  own = [m for e in evaluations for m in e.measures]
-  speed_ups = np.array([m.speed_up for m in own])
-  relative = [np.array([m.relative_loss for m in e.measures if not np.isnan(m.relative_loss)]) for e in evaluations]
-  accuracies = [m.test_metrics["accuracy"] for m in own if "accuracy" in m.test_metrics]
-  times = None
-  if all(c.seconds_per_step for c in comparisons):
-    times = [c.seconds_per_step[name] / c.seconds_per_step[REFERENCE] for c in comparisons]
-  per_task = np.repeat(times or np.nan, [len(c.tasks) for c in comparisons] if times else len(own))
-  rivals = [set(c.baselines) for c in comparisons]
-  return Summary(
-    speed_up=measures.summarize([np.array([m.speed_up for m in e.measures]) for e in evaluations]),
-    relative_loss=measures.summarize(relative),
-    median_speed_up=float(np.median(speed_ups)),
-    bounds=sum(m.speed_up_is_bound for m in own),
-    num_tasks=len(own),
-    mean_loss=float(np.mean([m.mean_loss for m in own])),
-    final_loss=float(np.mean([m.final_loss for m in own])),
-    test_loss=float(np.mean([m.test_loss for m in own])),
-    test_accuracy=float(np.mean(accuracies)) if accuracies else None,
-    rank=float(np.mean([m.rank for m in own])),
-    diverged=float(np.mean([m.diverged for m in own])),
-    mean_loss_error=float(np.sqrt(np.sum(np.square([m.mean_loss_error for m in own]))) / len(own)),
-    tasks_won={
-      other: sum(
-        m.mean_loss < o.mean_loss
-        for c in comparisons
-        for m, o in zip(c.evaluations[name].measures, c.baselines[other].measures, strict=True)
-      )
-      for other in comparisons[0].baselines
-      if other != name and all(other in names for names in rivals)
-    },
-    tasks_interior=sum(m.tuning.interior for m in own if m.tuning) if any(m.tuning for m in own) else None,
-    relative_time=float(np.median(times)) if times else None,
-    wall_clock_speed_up=float(measures.interquartile_mean(speed_ups / per_task)) if times else None,
+Row = tuple[str, Tuning]
+"""An optimizer and how its learning rate was chosen."""
+
+
+def of_seeds(runs: Runs, index: Int[np.ndarray, " seeds"]) -> Runs:
+  """[seeds, rates, ...] -> [seeds, ...], each seed at its own learning rate."""
+  return jax.tree.map(lambda x: np.asarray(x)[np.arange(len(index)), index], runs)
+
+
+def measure(comparisons: Mapping[str, Comparison]) -> dict[str, dict[Row, tuple[Measures, ...]]]:
+  """All measures of comparisons that are reported together: by comparison, row and task."""
+  everyone = {name for c in comparisons.values() for name in c.roles}
+  shared = {
+    name: one_rate({title: c.sweeps[name] for title, c in comparisons.items() if name in c.sweeps})
+    for name in everyone
+  }
+
+  def chosen(c: Comparison, title: str, name: str, task: int, tuning: Tuning) -> Int[np.ndarray, " seeds"]:
+    sweep = c.sweeps[name][task]
+    if tuning == EACH:
+      return measures.cross_fit(np.asarray(sweep.runs.final_loss))
+    if tuning == NONE:
+      return np.zeros(c.num_seeds, int)
+    rate = shared[name][title][task] if tuning == ONE else c.recommended[name]
+    return np.full(c.num_seeds, sweep.rates.index(rate))
+
+  return {
+    title: {
+      (name, tuning): tuple(_measure(c, name, i, chosen(c, title, name, i, tuning)) for i in range(len(c.tasks)))
+      for name in c.roles
+      for tuning in c.tunings(name)
+    }
+    for title, c in comparisons.items()
+  }
+
+
+def one_rate(sweeps: Mapping[str, Sequence[Sweep]]) -> dict[str, list[float]]:
+  """The learning rate for all tasks, of one optimizer, as it is chosen for each task of each comparison.
+
+  Of those tried on every task, it is the one with the least `measures.regret` on the tasks of all other comparisons;
+  of a single comparison, on its other tasks; of a single task, on that.
+  """
+  rates = sorted(set.intersection(*(set(s.rates) for own in sweeps.values() for s in own)))
+  losses = {
+    title: np.array([[s.runs.final_loss[:, s.rates.index(rate)].mean() for rate in rates] for s in own])
+    for title, own in sweeps.items()
+  }
+
+  def best(losses: Float[np.ndarray, "tasks rates"]) -> float:
+    return rates[int(np.argmin(measures.regret(losses)))]
+
+  if len(sweeps) > 1:
+    return {
+      title: [best(np.concatenate([x for other, x in losses.items() if other != title]))] * len(own)
+      for title, own in sweeps.items()
+    }
+  ((title, only),) = losses.items()
+  return {title: [best(np.delete(only, i, axis=0) if len(only) > 1 else only) for i in range(len(only))]}
+
+
+def _measure(c: Comparison, name: str, task: int, chosen: Int[np.ndarray, " seeds"]) -> Measures:
+  sweep = c.sweeps[name][task]
+  runs = of_seeds(sweep.runs, chosen)
+  final_loss = float(runs.final_loss.mean())
+  rival = float(c.sweeps[REFERENCE][task].tuned_losses.mean())
+  tuned = float(sweep.tuned_losses.mean())
+  speed_ups = {}
+  for reference in RIVALS:
+    if ladder := c.ladder(reference, task):
+      lengths = sorted(ladder)
+      speed_ups[reference] = measures.speed_up(final_loss, lengths, [float(ladder[x].mean()) for x in lengths])
+  used = sweep.best if len(set(chosen.tolist())) > 1 else int(chosen[0])
+  return Measures(
+    mean_loss=float(runs.mean_loss.mean()),
+    final_loss=final_loss,
+    final_loss_error=measures.standard_error(runs.final_loss),
+    test_loss=float(runs.held_out_loss.mean()),
+    test_metrics={metric: float(x.mean()) for metric, x in runs.held_out_metrics.items()},
+    diverged=float(runs.diverged.mean()),
+    speed_up=speed_ups,
+    relative_loss=final_loss / rival if rival > 0 else np.nan,
+    loss_of_tuning=final_loss / tuned if tuned > 0 else np.nan,
+    rate=sweep.rates[used],
+    interior=0 < used < len(sweep.rates) - 1,
+    curve=runs.curve,
   )
 
 
-def evaluate(
-  runs: Mapping[str, Runs],
-  tuning: Mapping[str, Sequence[Tuning]],
-  envelope: Envelope,
-  num_steps: int,
-) -> dict[str, Evaluation]:
-  """Measures of runs [tasks, seeds, ...] by optimizer, measured after T steps; `tuning` has those that were tuned."""
-  num_tasks = len(runs[REFERENCE].held_out_loss)
-  losses = {name: to_float64(x.losses) for name, x in runs.items()}
-  finals = {name: to_float64(x.train_losses)[..., -1] for name, x in runs.items()}  # [tasks, seeds]
-  final_loss = {name: x.mean(axis=1) for name, x in finals.items()}
-  ranks = dict(zip(runs, measures.ranks(np.stack(list(final_loss.values()))), strict=True))
-  reference = final_loss[REFERENCE]
+class Summary(NamedTuple):
+  """One optimizer, over the tasks of one family or of several."""
 
-  def of_one(name: str) -> Evaluation:
-    speed_ups, bounds = measures.speed_up(final_loss[name], envelope.losses, envelope.steps, num_steps)
-    relative_losses = np.divide(final_loss[name], reference, out=np.full(num_tasks, np.nan), where=reference > 0)
-    test_loss, diverged = to_float64(runs[name].held_out_loss), to_float64(runs[name].diverged)
-    metrics = {metric: to_float64(x) for metric, x in runs[name].held_out_metrics.items()}
-    return Evaluation(
-      tuple(
-        Measures(
-          mean_loss=float(losses[name][i].mean()),
-          mean_loss_error=measures.standard_error(losses[name][i].mean(axis=1)),
-          final_loss=float(final_loss[name][i]),
-          final_loss_error=measures.standard_error(finals[name][i]),
-          test_loss=float(test_loss[i].mean()),
-          test_loss_error=measures.standard_error(test_loss[i]),
-          test_metrics={metric: float(x[i].mean()) for metric, x in metrics.items()},
-          diverged=float(diverged[i].mean()),
-          speed_up=float(speed_ups[i]),
-          speed_up_is_bound=bool(bounds[i]),
-          relative_loss=float(relative_losses[i]),
-          rank=float(ranks[name][i]),
-          tuning=tuning[name][i] if name in tuning else None,
-        )
-        for i in range(num_tasks)
-      ),
-      losses[name],
-    )
-
-  return {name: of_one(name) for name in runs}
+  speed_up: dict[str, Interval]
+  """Over each rival: the interquartile mean over tasks, with its interval for other tasks of the same families and
+  other seeds; likewise `relative_loss`. Bounds enter with their value."""
+  at_least: dict[str, int]
+  """Over each rival, the number of tasks on which the speed-up is a lower bound; likewise an upper one."""
+  at_most: dict[str, int]
+  slower: dict[str, float]
+  """Over each rival, the share of tasks with a speed-up below 0.9."""
+  relative_loss: Interval
+  loss_of_tuning: float
+  """The interquartile mean over tasks."""
+  num_tasks: int
+  final_loss: float
+  """The mean over tasks; likewise the next ones."""
+  mean_loss: float
+  test_loss: float
+  test_accuracy: float | None
+  """Over those tasks that have one."""
+  diverged: float
+  interior: int
+  """The number of tasks on whose learning rate is interior to those tried."""
 
 
-def to_float64(x: ArrayLike) -> np.ndarray:
-  """In float64, so that means of many float32 are exact enough to be compared."""
-  return np.asarray(x, np.float64)
+def summarize(families: Sequence[Sequence[Measures]]) -> Summary:
+  """One optimizer over tasks, given by family."""
+  own = [m for family in families for m in family]
+  rivals = [name for name in RIVALS if all(name in m.speed_up for m in own)]
+  finite = [np.array([m.relative_loss for m in family if np.isfinite(m.relative_loss)]) for family in families]
+  ratios = np.array([m.loss_of_tuning for m in own if np.isfinite(m.loss_of_tuning)])
+  accuracies = [m.test_metrics["accuracy"] for m in own if "accuracy" in m.test_metrics]
+  return Summary(
+    speed_up={
+      r: measures.summarize([np.array([m.speed_up[r].value for m in family]) for family in families]) for r in rivals
+    },
+    at_least={r: sum(m.speed_up[r].bound == "≥" for m in own) for r in rivals},
+    at_most={r: sum(m.speed_up[r].bound == "≤" for m in own) for r in rivals},
+    slower={r: float(np.mean([m.speed_up[r].value < 0.9 for m in own])) for r in rivals},
+    relative_loss=measures.summarize(finite),
+    loss_of_tuning=float(measures.interquartile_mean(ratios)) if len(ratios) else np.nan,
+    num_tasks=len(own),
+    final_loss=float(np.mean([m.final_loss for m in own])),
+    mean_loss=float(np.mean([m.mean_loss for m in own])),
+    test_loss=float(np.mean([m.test_loss for m in own])),
+    test_accuracy=float(np.mean(accuracies)) if accuracies else None,
+    diverged=float(np.mean([m.diverged for m in own])),
+    interior=sum(m.interior for m in own),
+  )
+
+
+def relative_time(comparisons: Sequence[Comparison], name: str) -> float | None:
+  """The time of a step divided by AdamW's, the median over the comparisons where both were measured."""
+  times = [c.seconds_per_step for c in comparisons if {name, REFERENCE} <= c.seconds_per_step.keys()]
+  return float(np.median([x[name] / x[REFERENCE] for x in times])) if times else None
+
+
+def update_share(comparisons: Sequence[Comparison], name: str) -> float | None:
+  """The share of a step that is the optimizer's update; the median likewise."""
+  times = [c.seconds_per_step for c in comparisons if {name, GRADIENT} <= c.seconds_per_step.keys()]
+  return float(np.median([max(0.0, 1 - x[GRADIENT] / x[name]) for x in times])) if times else None

@@ -1,81 +1,78 @@
-"""Measures of training curves, and what sums them up over tasks: NumPy that knows nothing of how runs are made.
+"""Measures of final losses, and what sums them up over tasks: NumPy that knows nothing of how runs are made.
 
-Where the measures come from:
+Where they come from:
 
-- speed-up over tuned Adam: Metz et al. 2022, "VeLO: Training Versatile Learned Optimizers by Scaling Up"
-  (arXiv 2211.09760), figure 1: "the relative number of steps it takes learning-rate-tuned Adam to achieve the same
-  loss each optimizer reaches", with the lower envelope of Adam's curves over its learning rates; losses are those of
-  fixed training batches (see `evaluation`), because the minimum of many noisy losses would flatter Adam;
-- final loss relative to tuned Adam's, and the interquartile mean over tasks of both: Moudgil et al. 2025, "Celo"
+- speed-up: the number of steps that a rival needs to the loss that an optimizer ends with, as Metz et al. 2022 (VeLO,
+  arXiv 2211.09760, figure 1) have it for tuned Adam. There it is read off the rival's training curves; here the rival
+  is trained anew for each length, with a schedule that ends there, since a curve is not at its best before its
+  schedule has ended;
+- final loss relative to a rival's, and the interquartile mean over tasks of both: Moudgil et al. 2025, "Celo"
   (arXiv 2501.12670; there the ratio is the other way up, so that more is better);
 - interquartile mean with bootstrap intervals: Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the
   Statistical Precipice" (arXiv 2108.13264). There runs are drawn for tasks that are given; here tasks are drawn.
 """
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int
 from scipy import stats
 
-NUM_POINTS = 20
-"""Per horizon: after how many numbers of steps a run's training loss is measured. Adam's are interpolated between."""
 NUM_RESAMPLES = 1000
 """Of the bootstrap."""
 CONFIDENCE = 0.95
 PRECISION = 1e-6
 """To which relative difference two losses are the same."""
+TINY = 1e-12
+"""Losses below this count as this in logarithms."""
 
 
-def points(num_steps: int, total: int) -> Int[np.ndarray, " points"]:
-  """The numbers of steps at which runs of `total` steps are measured, for the horizon T = `num_steps` ≤ `total`.
+class SpeedUp(NamedTuple):
+  """How many times as many steps a rival takes."""
 
-  0, T, `total` and `NUM_POINTS` in between per horizon, or every step of shorter ones.
-  """
-  stride = max(1, num_steps // NUM_POINTS)
-  within, beyond = np.arange(num_steps, 0, -stride), np.arange(num_steps, total, stride)
-  return np.unique(np.concatenate([[0], within, beyond, [total]]))
+  value: float
+  bound: Literal["", "≥", "≤"] = ""
+  """'≥' where the rival does not get there in the longest of its runs, '≤' where it does in the shortest."""
 
 
-def envelope(curves: Float[np.ndarray, "*tasks rates points"]) -> Float[np.ndarray, "*tasks points"]:
-  """The lowest loss that Adam has reached at any of its learning rates until then."""
-  return np.minimum.accumulate(curves.min(axis=-2), axis=-1)
+def speed_up(goal: float, lengths: Sequence[float], losses: Sequence[float]) -> SpeedUp:
+  """The length of the rival's run that ends with the loss `goal`.
 
-
-def speed_up(
-  final_loss: Float[np.ndarray, "*tasks"],
-  lowest: Float[np.ndarray, "*tasks points"],
-  steps: Int[np.ndarray, " points"],
-  num_steps: int,
-) -> tuple[Float[np.ndarray, "*tasks"], Bool[np.ndarray, "*tasks"]]:
-  """The steps that Adam needs to reach a loss, divided by the T steps that the optimizer took to get there.
-
-  Adam is allowed the best of all its learning rates at every step: it is the envelope that has to reach the loss. So
-  2 means that tuned Adam takes twice as long, and Adam itself, at its one best rate, is at 1 or a little below.
-
-  Between two points of the envelope it is taken to be straight.
+  Between two lengths the logarithm of the loss is straight in that of the length. Where a longer run ends with a
+  higher loss than a shorter one, the shorter one counts.
 
   Args:
-    final_loss: What the optimizer reached after T steps.
-    lowest: Adam's `envelope`.
-    steps: The numbers of steps of the envelope's points.
-    num_steps: T.
-
-  Returns:
-    The speed-up, and whether it is a lower bound only: where Adam's runs end before they reach the loss, their length
-    counts.
+    goal: The loss that the optimizer ends with after a run of length 1.
+    lengths: Of the rival's runs, ascending.
+    losses: That these end with.
   """
-  # Losses are means of float32: Adam's own best rate reaches its own final loss, however they were added up.
-  goal = final_loss + PRECISION * np.abs(final_loss)
-  reached = lowest <= goal[..., None]
-  never = np.asarray(~reached.any(axis=-1))
-  after = np.where(never, len(steps) - 1, reached.argmax(axis=-1))
-  before = np.maximum(after - 1, 0)
-  high, low = (np.take_along_axis(lowest, index[..., None], axis=-1)[..., 0] for index in (before, after))
-  # From the first point on there is no slope, and where Adam's runs end early none is needed.
-  share = np.divide(high - goal, high - low, out=np.ones_like(goal), where=~never & (high > low))
-  return (steps[before] + share * (steps[after] - steps[before])) / num_steps, never
+  highest = goal + PRECISION * abs(goal)  # means of the same float32 numbers differ by how they are added up
+  reached = [loss <= highest for loss in losses]
+  if not any(reached):
+    return SpeedUp(lengths[-1], "≥")
+  i = reached.index(True)
+  if i == 0:
+    return SpeedUp(lengths[0], "" if losses[0] >= goal - PRECISION * abs(goal) else "≤")
+  before, here, there = (math.log(max(x, TINY)) for x in (losses[i - 1], goal, losses[i]))
+  share = min((before - here) / (before - there), 1.0) if before > there else 1.0
+  return SpeedUp(lengths[i - 1] * (lengths[i] / lengths[i - 1]) ** share)
+
+
+def cross_fit(losses: Float[np.ndarray, "seeds rates"]) -> Int[np.ndarray, " seeds"]:
+  """For each seed the learning rate, by index, whose mean loss over all the other seeds is the lowest.
+
+  So that no run is reported at a rate that was chosen for it. A single seed has none but itself.
+  """
+  others = losses.sum(axis=0) - losses if len(losses) > 1 else losses
+  return np.argmin(others, axis=1)
+
+
+def regret(losses: Float[np.ndarray, "tasks rates"]) -> Float[np.ndarray, " rates"]:
+  """How much is lost by one learning rate for all tasks: the mean over tasks of log(loss / lowest loss)."""
+  logs = np.log(np.maximum(losses, TINY))
+  return np.mean(logs - logs.min(axis=1, keepdims=True), axis=0)
 
 
 class Interval(NamedTuple):
@@ -98,17 +95,15 @@ def summarize(families: Sequence[Float[np.ndarray, " _"]]) -> Interval:
   as well would count them twice. With n tasks a family it is √((n - 1) / n) times as wide as it should be.
   """
   rng = np.random.default_rng(0)  # the same for all optimizers
+  families = [x for x in families if len(x)]
+  if not families:
+    return Interval(np.nan, np.nan, np.nan)
   resamples = np.concatenate([rng.choice(x, (NUM_RESAMPLES, len(x))) for x in families], axis=1)
   tail = 50 * (1 - CONFIDENCE)
   low, high = np.percentile(interquartile_mean(resamples), [tail, 100 - tail])
   if max(map(len, families)) < 2:
     low = high = np.nan
   return Interval(float(interquartile_mean(np.concatenate(families))), float(low), float(high))
-
-
-def ranks(losses: Shaped[np.ndarray, "optimizers tasks"]) -> Float[np.ndarray, "optimizers tasks"]:
-  """The place of each optimizer on each task by its loss, 1 the lowest; equal ones share the mean of their places."""
-  return np.asarray(stats.rankdata(losses, axis=0), np.float64)
 
 
 def standard_error(values: Float[np.ndarray, " seeds"]) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from lopt import configuration
 from lopt.evaluation import baselines
 
 LEARNING_RATES = np.array([1e-3, 0.1, 0.5])
@@ -25,9 +26,9 @@ def trained(step):
   """`(learning rate) -> x` after STEPS steps of `(x, g, t, state, learning rate) -> x`, t from 1."""
 
   def train(learning_rate):
-    x, state = START.copy(), {"m": np.zeros(3), "v": np.zeros(3), "max": np.zeros(3)}
+    x, state = START.copy(), {"m": np.zeros(3), "v": np.zeros(3)}
     for t in range(1, STEPS + 1):
-      x = step(x, gradient(x, t), t, state, learning_rate)
+      x = step(x, gradient(x, t), t, state, learning_rate * warmup_cosine(t, STEPS))
     return x
 
   return train
@@ -40,23 +41,9 @@ def moments(g, t, state, b1=0.9, b2=0.999):
   return state["m"] / (1 - b1**t), state["v"] / (1 - b2**t)
 
 
-def sgd(x, g, t, state, rate):
-  return x - rate * g
-
-
 def sgdm(x, g, t, state, rate):
   state["m"] = 0.9 * state["m"] + g
-  return x - rate * state["m"]
-
-
-def nesterov(x, g, t, state, rate):
-  state["m"] = 0.9 * state["m"] + g
   return x - rate * (g + 0.9 * state["m"])
-
-
-def rmsprop(x, g, t, state, rate):
-  state["v"] = 0.9 * state["v"] + 0.1 * g**2
-  return x - rate * g / np.sqrt(state["v"] + 1e-8)
 
 
 def adam(x, g, t, state, rate):
@@ -65,20 +52,14 @@ def adam(x, g, t, state, rate):
 
 
 def adamw(x, g, t, state, rate):
-  return adam(x, g, t, state, rate) - rate * 0.01 * x
+  return adam(x, g, t, state, rate) - rate * 1e-4 * x
 
 
-def nadam(x, g, t, state, rate):
+def nadamw(x, g, t, state, rate):
   """As Optax has it: the momentum of the next step, for which the gradient is taken once more."""
   _, v = moments(g, t, state)
   m = 0.9 * state["m"] / (1 - 0.9 ** (t + 1)) + 0.1 * g / (1 - 0.9**t)
-  return x - rate * m / (np.sqrt(v) + 1e-8)
-
-
-def amsgrad(x, g, t, state, rate):
-  m, v = moments(g, t, state)
-  state["max"] = np.maximum(state["max"], v)
-  return x - rate * m / (np.sqrt(state["max"]) + 1e-8)
+  return x - rate * (m / (np.sqrt(v) + 1e-8) + 1e-4 * x)
 
 
 def lion(x, g, t, state, rate):
@@ -96,29 +77,12 @@ def adafactor(x, g, t, state, rate):
   return x - rate * max(1e-3, np.sqrt(np.mean(x**2))) * update
 
 
-def adam_cosine(x, g, t, state, rate):
-  return adam(x, g, t, state, rate * 0.5 * (1 + np.cos(np.pi * (t - 1) / STEPS)))
+REFERENCES = [sgdm, adamw, nadamw, lion, adafactor]
 
 
-def adam_warmup_cosine(x, g, t, state, rate):
-  """A tenth of 12 steps is one: the first has the whole learning rate, and the other 11 fall from it."""
-  return adam(x, g, t, state, rate * 0.5 * (1 + np.cos(np.pi * max(t - 2, 0) / (STEPS - 1))))
-
-
-REFERENCES = [
-  sgd,
-  sgdm,
-  nesterov,
-  rmsprop,
-  adam,
-  adamw,
-  nadam,
-  amsgrad,
-  lion,
-  adafactor,
-  adam_cosine,
-  adam_warmup_cosine,
-]
+def warmup_cosine(t, num_steps):
+  """Of step t = 1, 2, …: a rise over a twentieth of the steps, at least one, and a cosine that ends at zero."""
+  return min(1.0, t / max(0.05 * num_steps, 1.0)) * 0.5 * (1 + np.cos(np.pi * (t - 1) / num_steps))
 
 
 def schedule_free(learning_rate):
@@ -187,39 +151,70 @@ def numpy_muon_step(gradients):
 def test_muon_steps_of_matrices_and_kernels_are_orthogonalised_momentum(shape):
   rng = np.random.default_rng(0)
   gradients = rng.normal(size=(3, *shape))
-  tx = baselines.muon().transform(baselines.theta_at(1.0), STEPS)
-  params = {"w": jnp.zeros(shape), "b": jnp.zeros(4)}
+  tx = baselines.muon().transform(baselines.theta_at(1.0), 3)
+  params = {"w": jnp.zeros(shape), "head": {"w": jnp.zeros((3, 4))}, "b": jnp.zeros(4)}
   state, adam_state = tx.init(params), optax.nadam(1.0).init(params["b"])
   updates: Any = None
   expected_b: Any = None
   for g in gradients:
     b = jnp.asarray(g.ravel()[:4], jnp.float32)
-    updates, state = tx.update({"w": jnp.asarray(g, jnp.float32), "b": b}, state, params, value=jnp.float32(0))
+    grads = {"w": jnp.asarray(g, jnp.float32), "head": {"w": jnp.tile(b, (3, 1))}, "b": b}
+    updates, state = tx.update(grads, state, params, value=jnp.float32(0))
     expected_b, adam_state = optax.nadam(1.0).update(b, adam_state)
+  factor = warmup_cosine(3, 3)
   matrices = [g.reshape(-1, shape[-1]) for g in gradients]
-  np.testing.assert_allclose(updates["w"].reshape(matrices[0].shape), numpy_muon_step(matrices), rtol=2e-3, atol=1e-4)
-  np.testing.assert_allclose(updates["b"], expected_b, rtol=1e-5)
+  expected = factor * numpy_muon_step(matrices)
+  np.testing.assert_allclose(updates["w"].reshape(matrices[0].shape), expected, rtol=2e-3, atol=1e-4)
+  np.testing.assert_allclose(updates["b"], factor * expected_b, rtol=1e-5)
+  np.testing.assert_allclose(updates["head"]["w"], factor * np.tile(expected_b, (3, 1)), rtol=1e-5)
 
 
-def test_warm_up_is_a_tenth_of_the_steps_and_both_schedules_fall_to_zero():
-  def rates(baseline, num_steps):
-    """Of Adam's steps, which on a constant gradient are the learning rate."""
-    tx = baseline().transform(baselines.theta_at(0.1), jnp.int32(num_steps))  # T may be traced
+@pytest.mark.parametrize(
+  ("name", "adams"),
+  [
+    ("mlp_classifier", {"mlp/~/linear_1/w"}),
+    ("cnn_classifier", {"linear/w"}),
+    ("resnet_classifier", {"linear/w"}),
+    ("mlp_autoencoder", {"decoder/~/linear_1/w"}),
+    ("rnn_language_model", {"embed/embeddings", "linear/w"}),
+    ("transformer_language_model", {"embed/embeddings", "linear_4/w", "~/positions"}),
+    ("vision_transformer", {"embedding/w", "head/w", "~/positions"}),
+  ],
+)
+def test_muon_leaves_embeddings_and_the_output_layer_to_adam(name, adams, tmp_path):
+  """Adam's first step has entries of one size; an orthogonalised one does not."""
+  text = tmp_path / "text.txt"
+  text.write_text("the quick brown fox jumps over the lazy dog. " * 100)
+  options = {"path": str(text)} if "language" in name else {"dataset": "digits"}
+  family = configuration.build("tasks", {"name": name, **options}, where="task")
+  shapes = jax.eval_shape(lambda key: family.init(key, family.sample(key)), jax.random.key(0))
+  leaves, structure = jax.tree.flatten(shapes)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  grads = structure.unflatten([jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+  tx = baselines.muon().transform(baselines.theta_at(1.0), 10)
+  updates, _ = jax.jit(lambda g: tx.update(g, tx.init(g), g, value=jnp.float32(0)))(grads)
+  matrices = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): np.abs(x)
+    for path, x in jax.tree_util.tree_leaves_with_path(updates)
+    if x.ndim > 1
+  }
+  assert {x for x, size in matrices.items() if np.ptp(size) < 1e-3 * size.mean()} == adams
+
+
+def test_learning_rates_rise_and_fall_to_zero_as_those_of_directions():
+  def rates(num_steps):
+    """Of AdamW's steps, which on a constant gradient and at zero are the learning rate."""
+    tx = baselines.adamw().transform(baselines.theta_at(0.1), jnp.int32(num_steps))  # T may be traced
 
     def step(state, _):
       updates, state = tx.update(jnp.float32(1.0), state, jnp.float32(0.0), value=jnp.float32(0))
-      return state, -updates
+      return state, -jnp.asarray(updates)
 
     return jax.lax.scan(step, tx.init(jnp.float32(0.0)), None, length=num_steps)[1]
 
-  t = np.arange(40)
-  cosine = 0.1 * optax.cosine_decay_schedule(1.0, 40)(t)
-  np.testing.assert_allclose(rates(baselines.adam_cosine, 40), cosine, rtol=1e-4, atol=1e-6)
-  after = 0.1 * np.asarray(optax.cosine_decay_schedule(1.0, 36)(t[:36]))
-  warm = rates(baselines.adam_warmup_cosine, 40)
-  np.testing.assert_allclose(warm, [0.025, 0.05, 0.075, 0.1, *after], rtol=1e-4, atol=1e-6)
-  for num_steps in (1, 2, 3):
-    assert np.isfinite(rates(baselines.adam_warmup_cosine, num_steps)).all()
+  for num_steps in (1, 2, 3, 60):
+    expected = [0.1 * warmup_cosine(t, num_steps) for t in range(1, num_steps + 1)]
+    np.testing.assert_allclose(rates(num_steps), expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", baselines.ALL)
@@ -231,7 +226,24 @@ def test_all_begin_at_the_learning_rate_1e_3(name):
   np.testing.assert_allclose(np.exp(theta["log_learning_rate"]), 1e-3, rtol=1e-6)
 
 
-def test_grid_has_the_fourteen_half_decades_from_1e_6_to_3():
+def test_prodigy_finds_its_step_size():
+  """From a factor of 1, and 10 times as close to a distant minimum as Adam is with steps of Prodigy's first size."""
+  tx = baselines.prodigy().transform(baselines.theta_at(1.0), 300)
+
+  @jax.jit
+  def train(x):
+    def step(carry, _):
+      x, state = carry
+      updates, state = tx.update(x - 50.0, state, x, value=jnp.float32(0))
+      return (x + updates, state), None
+
+    return jax.lax.scan(step, (x, tx.init(x)), None, length=300)[0][0]
+
+  assert abs(float(train(jnp.float32(0.0))) - 50.0) < 5.0
+
+
+def test_grids_are_half_decades():
   expected = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
   assert expected == baselines.LEARNING_RATES
   assert [baselines.half_decade(index) for index in (-13, 2, 3)] == [3e-7, 10.0, 30.0]
+  assert [baselines.half_decade(index) for index in baselines.GRID] == list(expected[4:13])

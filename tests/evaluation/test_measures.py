@@ -1,4 +1,4 @@
-"""Measures on curves made by hand, and summaries against scipy and against brute force."""
+"""Measures on numbers made by hand, and summaries against scipy and against brute force."""
 
 import numpy as np
 import pytest
@@ -6,53 +6,64 @@ from scipy import stats
 
 from lopt.evaluation import measures
 
-
-def test_points_are_twenty_per_horizon_with_start_horizon_and_end():
-  assert measures.points(40, 160).tolist() == list(range(0, 161, 2))
-  assert measures.points(7, 9).tolist() == list(range(10))
-  points = measures.points(1003, 4001)
-  assert {0, 1003, 4001} <= set(points.tolist())
-  assert np.diff(points).max() == 50  # 1003 // 20
-  assert 80 <= len(points) <= 84
-
-
-STEPS = np.array([10, 20, 30, 40])
-CURVES = np.array([[5.0, 3.0, 2.0, 2.5], [4.0, 3.5, 1.0, 6.0], [9.0, 9.0, 9.0, 0.5]])  # three learning rates
-
-
-def test_the_envelope_is_the_lowest_so_far_of_all_learning_rates():
-  np.testing.assert_array_equal(measures.envelope(CURVES), [4.0, 3.0, 1.0, 0.5])
-  np.testing.assert_array_equal(measures.envelope(CURVES[None, :2]), [[4.0, 3.0, 1.0, 1.0]])
+LENGTHS = [0.5, 1.0, 2.0, 4.0]
+LOSSES = [0.8, 0.4, 0.1, 0.05]
 
 
 @pytest.mark.parametrize(
-  ("final_loss", "speed_up", "is_bound"),
+  ("goal", "value", "bound"),
   [
-    (4.5, 0.5, False),  # Adam is there when it is first measured, after 10 of 20 steps
-    (4.0, 0.5, False),
-    (3.75, 0.625, False),  # a quarter of the way from 4 to 3
-    (3.0, 1.0, False),
-    (2.0, 1.25, False),  # halfway from 3 to 1
-    (0.5, 2.0, False),
-    (0.5 * (1 - 1e-8), 2.0, False),  # rounding
-    (0.4, 2.0, True),
-    (-1.0, 2.0, True),
+    (0.9, 0.5, "≤"),  # already there after half of the steps
+    (0.8, 0.5, ""),
+    (0.4, 1.0, ""),
+    (0.2, 2**0.5, ""),  # half of the way from 0.4 to 0.1 in the logarithm
+    (0.1, 2.0, ""),
+    (0.05, 4.0, ""),
+    (0.05 * (1 - 1e-8), 4.0, ""),  # rounding
+    (0.04, 4.0, "≥"),
+    (-1.0, 4.0, "≥"),
   ],
 )
-def test_speed_up_is_how_much_longer_the_envelope_takes(final_loss, speed_up, is_bound):
-  value, bound = measures.speed_up(np.array([final_loss]), measures.envelope(CURVES)[None], STEPS, 20)
-  assert value[0] == pytest.approx(speed_up, rel=1e-5)
-  assert bound[0] == is_bound
+def test_speed_up_is_the_length_at_which_the_rival_ends_there(goal, value, bound):
+  found = measures.speed_up(goal, LENGTHS, LOSSES)
+  assert found.value == pytest.approx(value, rel=1e-5)
+  assert found.bound == bound
 
 
-def test_speed_up_of_adam_that_is_its_own_optimizer_is_its_length():
-  """A curve that falls at every step reaches its loss of step t at step t."""
-  steps = np.arange(1, 401)
-  curve = 1 / steps
-  for t in (1, 50, 100, 250, 400):
-    value, bound = measures.speed_up(np.array([curve[t - 1]]), curve[None], steps, 100)
-    assert value[0] == pytest.approx(t / 100, rel=1e-3)
-    assert not bound[0]
+def test_speed_up_over_a_power_law_is_exact():
+  """A rival that ends with 3 / length^1.7 needs (3 / loss)^(1/1.7)."""
+  losses = [3 / x**1.7 for x in LENGTHS]
+  for length in (0.6, 0.99, 1.5, 3.9):
+    assert measures.speed_up(3 / length**1.7, LENGTHS, losses).value == pytest.approx(length)
+
+
+def test_speed_up_takes_the_shortest_run_that_is_there():
+  assert measures.speed_up(0.3, LENGTHS, [0.6, 0.3, 0.5, 0.1]).value == 1.0
+  assert measures.speed_up(0.2, LENGTHS, [0.6, 0.3, 0.5, 0.1]).value == pytest.approx(
+    2 * 2 ** (np.log(2.5) / np.log(5))
+  )
+
+
+def test_cross_fit_takes_for_each_seed_what_is_best_for_the_others():
+  losses = np.random.default_rng(1).normal(size=(6, 4))
+  expected = [min(range(4), key=lambda k: sum(losses[j, k] for j in range(6) if j != i)) for i in range(6)]
+  assert len(set(expected)) > 1
+  np.testing.assert_array_equal(measures.cross_fit(losses), expected)
+  np.testing.assert_array_equal(measures.cross_fit(losses[:1]), [losses[0].argmin()])
+
+
+def test_cross_fit_does_not_flatter():
+  """Of rates that are all alike, the reported mean is the true one, and the lowest one is not."""
+  losses = np.random.default_rng(0).normal(size=(2000, 5, 9))
+  tuned = [x[range(5), measures.cross_fit(x)].mean() for x in losses]
+  assert abs(np.mean(tuned)) < 4 * np.std(tuned) / 2000**0.5
+  assert np.mean([x.mean(axis=0).min() for x in losses]) < -0.5
+
+
+def test_regret_is_of_ratios():
+  losses = np.array([[1.0, 2.0, 4.0], [3e-3, 1e-3, 2e-3]])
+  expected = [np.log(3) / 2, np.log(2) / 2, (np.log(4) + np.log(2)) / 2]
+  np.testing.assert_allclose(measures.regret(losses), expected)
 
 
 def test_interquartile_mean_on_known_numbers_and_against_scipy():
@@ -96,11 +107,6 @@ def test_the_only_task_of_a_family_stays_and_alone_has_no_interval():
   assert np.isnan(measures.summarize([np.array([2.0]), np.array([4.0])])[1:]).all()
   low, high = measures.summarize([np.array([2.0]), np.array([4.0, 6.0])])[1:]
   assert (low, high) == pytest.approx((10 / 3, 14 / 3))  # three tasks are too few for a quarter of them
-
-
-def test_ranks_share_places():
-  losses = np.array([[1.0, 5.0], [3.0, 5.0], [2.0, 1.0]])
-  np.testing.assert_array_equal(measures.ranks(losses), [[1, 2.5], [3, 2.5], [2, 1]])
 
 
 def test_standard_error():

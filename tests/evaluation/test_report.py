@@ -1,8 +1,10 @@
-"""Reports of a comparison made by hand."""
+"""Tables, sentences, pictures and the page of a comparison made by hand, read as their readers would."""
 
+import base64
+import io
 import json
-import math
 import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -10,306 +12,231 @@ from matplotlib import image
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from lopt.evaluation import report
-from lopt.evaluation.comparison import Comparison, Envelope, Evaluation, Measures, Tuning, summarize
+from lopt.evaluation import comparison, inner_runs, pictures, report, report_page, tables
+from lopt.evaluation.comparison import CONTROL, EACH, Comparison, Sweep
 
-T, SEEDS = 100, 3
-
-
-def make_measures(mean_loss, speed_up, tuning=None, bound=False):
-  return Measures(
-    mean_loss=mean_loss,
-    mean_loss_error=mean_loss / 100,
-    final_loss=mean_loss / 2,
-    final_loss_error=mean_loss / 200,
-    test_loss=mean_loss / 3,
-    test_loss_error=math.nan,
-    test_metrics={"accuracy": 1 - mean_loss},
-    diverged=1 / 3 if mean_loss > 0.7 else 0.0,
-    speed_up=speed_up,
-    speed_up_is_bound=bound,
-    relative_loss=mean_loss / 0.25,
-    rank=2.0,
-    tuning=tuning,
-  )
+RATES = (0.01, 0.1, 1.0)
+TASKS, SEEDS, POINTS = 3, 2, 20
 
 
-def make_tuning(best):
-  rates = (1e-3, 1e-2, 1e-1)
-  return Tuning(rates, tuple(abs(rate - best) for rate in rates), best, interior=best == 1e-2)
+def sweep(best, rates=RATES):
+  """Final losses `best` at 0.1 and 3 times that at the others; the curve falls to it from 1."""
+  final = np.array([[best * (1 if rate == 0.1 or len(rates) == 1 else 3) for rate in rates]] * SEEDS)
+  final = final * np.array([[0.99], [1.01]])
+  curve = np.exp(np.log(final)[..., None] * np.linspace(0, 1, POINTS))
+  return Sweep(rates, inner_runs.Runs(curve, final**0.5, final, 2 * final, {"accuracy": 1 - final}, final > 0.9))
 
 
-def make_curves(last):
-  """From about 1 down to `last` in each of two tasks, one seed above and one below the middle one."""
-  curve = np.geomspace(1.0, last, T)
-  return np.stack([np.stack([spread * curve for spread in (0.7, 1.0, 1.4)])] * 2)
-
-
-def make_evaluation(measures, curves):
-  return Evaluation(tuple(measures), curves)
-
-
-@pytest.fixture
-def comparison():
-  learned = (make_measures(0.1234, 4.0, bound=True), make_measures(0.5, 0.5))
-  adam = (make_measures(0.25, 1.0, make_tuning(1e-2)), make_measures(0.4, 0.9, make_tuning(1e-1)))
-  untuned = (make_measures(0.3, 0.6), make_measures(0.6, 0.3))
-  sgdm = (make_measures(0.75, 0.1, make_tuning(1e-2)), make_measures(0.6, 0.2, make_tuning(1e-2)))
+def make(mine=0.05, steps=100, timed=True) -> Comparison:
+  """AdamW's loss is 0.2 / length, Muon's 0.1 / length and that of θ = 0 0.08 / length."""
+  levels = {"mine": mine, "old": 0.4, CONTROL: 0.08, "AdamW": 0.2, "Muon": 0.1, "Lion": 0.3}
+  ladders: dict[str, tuple[comparison.Ladder, ...]] = {
+    name: tuple({x: np.full(SEEDS, levels[name] / x) for x in (0.5, 1.0, 2.0, 4.0)} for _ in range(TASKS))
+    for name in (CONTROL, "AdamW", "Muon")
+  }
+  names = ["mine", "old", "AdamW", "Muon", comparison.GRADIENT]
   return Comparison(
-    tasks=("width 3", "a|b"),
-    num_steps=T,
+    tasks=("width 3", "a|b", "<c>"),
+    num_steps=steps,
     num_seeds=SEEDS,
-    num_tuning_seeds=2,
-    tuned_for="mean_loss",
-    seed=5,
-    learned={"mine": make_evaluation(learned, make_curves(0.01))},
-    baselines={
-      "Adam": make_evaluation(adam, make_curves(0.03)),
-      "Adam at 1e-3": make_evaluation(untuned, make_curves(0.3)),
-      "SGDM": make_evaluation(sgdm, make_curves(0.1)),
+    seed=0,
+    roles={
+      "mine": "learned",
+      "old": "learned",
+      CONTROL: "control",
+      **dict.fromkeys(["AdamW", "Muon", "Lion"], "baseline"),
     },
-    envelope=Envelope(np.array([5, 100, 400]), np.ones((2, 3))),
-    seconds_per_step={},
+    sweeps={
+      name: tuple(sweep(level, (1.0,) if name == "old" else RATES) for _ in range(TASKS))
+      for name, level in levels.items()
+    },
+    recommended={"mine": 0.1, "old": None, CONTROL: 0.1},
+    ladders=ladders,
+    seconds_per_step=dict(zip(names, (4e-3, 3e-3, 2e-3, 2e-3, 1e-3), strict=True)) if timed else {},
   )
 
 
-def read_tables(text):
-  """The rows of each Markdown table as dicts, by a reader that knows nothing of the writer."""
-  tables, header = [], None
-  for line in text.splitlines():
-    if not line.startswith("|"):
-      header = None
-    elif header is None:
-      header = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-      tables.append([])
-    elif not set(line) <= set("|-: "):
-      cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-      tables[-1].append(dict(zip(header, cells, strict=True)))
-  return tables
+SUITES = {"fresh": {"mlp": make(), "deep": make(0.025)}, "size": {"wide": make(0.4, steps=500)}}
 
 
-def test_table_of_tasks(comparison):
-  first, second = read_tables(report.table(comparison))[0]
-  assert first == {
-    "task": "1: width 3",
-    "mine": "0.123",
-    "Adam (learning rate)": "0.25 (0.01)",
-    "Adam at 1e-3": "0.3",
-    "SGDM (learning rate)": "0.75 (0.01)",
-    "speed-up": "≥ 4.00×",
-  }
-  assert second == {
-    "task": "2: a\\|b",
-    "mine": "0.5",
-    "Adam (learning rate)": "0.4 (0.1*)",
-    "Adam at 1e-3": "0.6",
-    "SGDM (learning rate)": "0.6 (0.01)",
-    "speed-up": "0.50×",
-  }
+def cells(markdown):
+  lines = [line for line in markdown.splitlines() if line.startswith("|")]
+  return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
-def test_table_of_means(comparison):
-  mine, adam, untuned, sgdm = read_tables(report.table(comparison))[1]
-  assert mine == {
-    "optimizer": "mine",
-    "speed-up": "2.25 (0.5 to 4), 1 of 2 ≥",  # a quarter of all resamples have one of the two tasks twice
-    "median": "2.25",
-    "final loss ÷ Adam's": "1.25 (0.494 to 2)",
-    "training loss": "0.312 ± 0.003",  # of 0.1234 and 0.5; the error is √(0.001234² + 0.005²) / 2
-    "final training loss": "0.156",
-    "test loss": "0.104",
-    "test accuracy": "68.8%",
-    "rank": "2.0",
-    "diverged": "0%",
-    "better than Adam": "1/2",
-    "better than Adam at 1e-3": "2/2",
-    "learning rate interior": "–",
-  }
-  assert (adam["better than Adam"], adam["better than Adam at 1e-3"]) == ("–", "2/2")
-  assert (adam["speed-up"], sgdm["speed-up"]) == ("0.95 (0.9 to 1)", "0.15 (0.1 to 0.2)")
-  assert [row["learning rate interior"] for row in (adam, untuned, sgdm)] == ["1/2", "–", "2/2"]
-  assert (sgdm["training loss"], sgdm["diverged"]) == ("0.675 ± 0.005", "16.7%")
+def test_the_summary_says_what_was_measured():
+  header, _, *rows = cells(report.table_of_all({"mlp": make()}))
+  rows = {(row[0], row[1]): dict(zip(header, row, strict=True)) for row in rows}
+  mine = rows["mine", EACH]
+  assert mine["speed-up over tuned AdamW"] == "4 (4 to 4)"
+  assert mine["speed-up over the best baseline"] == "2 (2 to 2)"
+  assert mine["speed-up over θ = 0"] == "1.6 (1.6 to 1.6)"
+  assert mine["final loss ÷ AdamW's"] == "0.25 (0.25 to 0.25)"
+  assert (mine["step time"], mine["update's share"], mine["speed-up in time"]) == ("2.00×", "75%", "2.00×")
+  assert rows["old", "none"]["speed-up over tuned AdamW"] == "0.5 (0.5 to 0.5)"
+  assert rows["old", "none"]["speed-up over θ = 0"] == "0.5 (0.5 to 0.5), 3 ≤"
+  assert rows["old", "none"]["slower than the best"] == "100%"
+  assert rows["Lion", EACH]["step time"] == "–"
+  assert rows["mine", "recommended"]["÷ at each task's rate"] == "1"
+  assert len(rows) == 3 + 1 + 3 + 3 * 2
+  assert "step time" not in report.table_of_all({"mlp": make(timed=False)})
 
 
-def test_times_are_shown_where_they_were_measured(comparison):
-  timed = comparison._replace(seconds_per_step={"mine": 3e-4, "Adam": 1e-4, "Adam at 1e-3": 1e-4, "SGDM": 5e-5})
-  mine, adam, _, sgdm = read_tables(report.table(timed))[1]
-  assert [row["time per step ÷ Adam's"] for row in (mine, adam, sgdm)] == ["3.00×", "1.00×", "0.50×"]
-  assert [row["wall-clock speed-up"] for row in (mine, sgdm)] == ["0.75×", "0.30×"]
-  assert "time per step" not in report.table(comparison)
+def test_several_comparisons_are_told_one_by_one_too():
+  text = report.table_of_all(SUITES["fresh"])
+  assert "6 held-out tasks, 2 seeds, 100 steps" in text
+  second = text.split("\n\n")[2]
+  header, _, *rows = cells(second)
+  assert header[:4] == ["suite", "tasks", "optimizer", "learning rate"]
+  tuned = [row for row in rows if row[2:4] == ["mine", EACH]]
+  assert [row[0] for row in tuned] == ["mlp", "deep"]
+  assert [row[5] for row in tuned] == ["2 (2 to 2)", "4 (4 to 4)"]
+  assert {row[2] for row in rows} == {"mine", "old", CONTROL}
 
 
-def test_table_states_its_settings_and_is_aligned(comparison):
-  text = report.table(comparison)
-  assert "100 steps and 3 seeds" in text
-  assert "2 held-out tasks (seed 5)" in text
-  tables = re.split(r"\n\n", text)
-  for rows in (tables[1], tables[3]):
-    assert len({len(row) for row in rows.splitlines()}) == 1
+def test_one_sentence():
+  text = report.verdict_of_all({"mlp": make()}, "mine")
+  assert "tuned AdamW takes 4 (4 to 4) times as many steps" in text
+  assert "the best baseline takes 2 (2 to 2) times as many steps" in text
+  assert "θ = 0 takes 1.6 (1.6 to 1.6) times as many steps" in text
+  assert report.verdict_of_all({"mlp": make()}, "old").startswith("old, over 3 held-out tasks")
 
 
-def test_best_at_the_end_of_the_grid_is_explained_only_where_it_occurs(comparison):
-  assert "outside the grid" in report.table(comparison)
-  adam = comparison.baselines["Adam"]
-  interior = adam._replace(measures=(adam.measures[0],) * 2)
-  text = report.table(comparison._replace(baselines=comparison.baselines | {"Adam": interior}))
-  assert "outside the grid" not in text
-  assert "*" not in text
+def test_single_tasks_escape_bars_and_mark_ends_of_the_grid():
+  c = make()
+  ends = Sweep(RATES, sweep(0.05).runs._replace(final_loss=np.array([[0.9, 0.5, 0.1]] * SEEDS)))
+  c = c._replace(sweeps={**c.sweeps, "mine": (ends, *c.sweeps["mine"][1:])})
+  rows = tables.task_table(c, comparison.measure({"a": c})["a"])
+  assert rows[1][1] == "0.1 (1*)"
+  assert rows[2][1] == "0.05 (0.1)"
+  assert rows[1][rows[0].index("mine: speed-up")] == "2.00×"
+  assert r"2: a\|b" in "\n".join(tables.markdown(rows))
 
 
-def test_several_learned_optimizers_have_columns_of_their_own(comparison):
-  other = make_evaluation((make_measures(0.2, 2.0), make_measures(0.3, 5.0)), make_curves(0.02))
-  tasks, means = read_tables(report.table(comparison._replace(learned=comparison.learned | {"other": other})))
-  assert tasks[1]["other"] == "0.3"
-  assert tasks[1]["other: speed-up"] == "5.00×"
-  assert tasks[1]["mine: speed-up"] == "0.50×"
-  assert [row["optimizer"] for row in means] == ["mine", "other", "Adam", "Adam at 1e-3", "SGDM"]
+def test_files(tmp_path):
+  path = report.write_all({"mlp": make()}, tmp_path)
+  assert path == tmp_path / "comparison.png"
+  content = json.loads((tmp_path / "comparison.json").read_text())
+  assert content["summary"]["AdamW"][EACH]["final_loss"] == pytest.approx(0.2)
+  own = content["families"]["mlp"]["optimizers"]
+  assert own["mine"]["measures"][EACH][0]["final_loss"] == pytest.approx(0.05)
+  assert own["mine"]["role"] == "learned"
+  assert own["AdamW"]["ladders"][0] == pytest.approx({"0.5": 0.4, "1.0": 0.2, "2.0": 0.1, "4.0": 0.05})
+  assert (tmp_path / "comparison.md").read_text() == report.table_of_all({"mlp": make()}) + "\n"
+  for name in ("comparison.png", "learning_rates.png"):
+    assert image.imread(tmp_path / name).shape[1] > 500
+  assert report.write_all(SUITES["fresh"], tmp_path).exists()
 
 
-def refuse_constant(name):
-  raise AssertionError(f"{name} is not JSON")
+def test_json_has_null_for_what_is_no_number():
+  assert report.plain({"a": (float("nan"), 1.0, [float("inf")])}) == {"a": [None, 1.0, [None]]}
 
 
-def test_json_has_every_number_of_the_comparison(comparison, tmp_path):
-  path = tmp_path / "new folder" / "comparison.json"
-  report.write_json(comparison, path)
-  content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
-  assert content["tasks"] == ["width 3", "a|b"]
-  settings = [content[name] for name in ("num_steps", "num_seeds", "num_tuning_seeds", "seed")]
-  assert settings == [T, SEEDS, 2, 5]
-  assert list(content["optimizers"]) == ["mine", "Adam", "Adam at 1e-3", "SGDM"]
-  for name, e in comparison.evaluations.items():
-    written = content["optimizers"][name]
-    assert written["learned"] == (name == "mine")
-    summary = summarize([comparison], name)
-    assert written["summary"]["mean_loss"] == pytest.approx(summary.mean_loss)
-    assert written["summary"]["tasks_won"] == summary.tasks_won
-    assert list(written["summary"]["speed_up"].values()) == pytest.approx(list(summary.speed_up))
-    for i, m in enumerate(e.measures):
-      expected = m._asdict() | {"test_loss_error": None}  # NaN
-      if m.tuning:
-        t = m.tuning
-        expected["tuning"] = {
-          "learning_rates": list(t.learning_rates),
-          "losses": list(t.losses),
-          "best": t.best,
-          "interior": t.interior,
-        }
-      assert written["measures"][i] == expected
+def lines(axes, color):
+  return [line for line in axes.lines if to_rgb(line.get_color()) == to_rgb(color)]
 
 
-def test_plot_shows_every_optimizer_in_every_panel(comparison, tmp_path):
-  report.plot(comparison, tmp_path / "curves.png")
-  assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
-  pixels = image.imread(tmp_path / "curves.png")[:, :, :3]
-  height, width = pixels.shape[:2]
-  assert width > height > 500
-  lines = {name: np.abs(pixels - to_rgb(color)).max(axis=2) < 0.05 for name, color in COLORS.items()}
-  large = 2.6 / 3.6  # the share of the large panel, see `width_ratios`
-  for name, line in lines.items():
-    for part in (line[:, : int(width * large)], line[: height // 2, int(width * large) :]):
-      # A line crosses most of its panel's columns, and falls: the same row does not hold it all.
-      columns = part.any(axis=0)
-      assert columns.sum() > 0.4 * part.shape[1], name
-      assert part.any(axis=1).sum() > 0.1 * height, name
-  # At its end, the lower the loss the lower the line; the legend is in the upper half.
-  right_end = slice(int(width * large * 0.85), int(width * large * 0.95))
-  ends = {name: np.nonzero(line[height // 5 :, right_end])[0].mean() for name, line in lines.items()}
-  assert ends["SGDM"] < ends["Adam"] < ends["mine"]
+def test_curves_are_where_the_numbers_are():
+  c = make()
+  figure = pictures.training_curves(c, comparison.measure({"a": c})["a"])
+  (mine,) = lines(figure.axes[0], "#D55E00")
+  assert np.asarray(mine.get_ydata())[-1] == pytest.approx(0.05, rel=0.01)
+  assert np.asarray(mine.get_xdata())[-1] == pytest.approx(97.5)  # the middle of the last of 20 parts
+  legend = figure.axes[0].get_legend()
+  assert legend is not None
+  labels = [text.get_text() for text in legend.get_texts()]
+  assert labels == ["mine", "old", CONTROL, "AdamW", "Muon", "other baselines"]
+  assert [axes.get_title() for axes in figure.axes[1:]] == ["Task 1", "Task 2", "Task 3"]
 
 
-COLORS = {"mine": "#D55E00", "Adam": "#0072B2", "SGDM": "#009E73"}
+def test_rates_are_drawn_relative_to_adamw():
+  figure = pictures.rate_curves({"a": make(), "b": make(0.4)})
+  curve, dot = lines(figure.axes[0], "#D55E00")
+  np.testing.assert_allclose(np.asarray(curve.get_xdata()), RATES)
+  np.testing.assert_allclose(np.asarray(curve.get_ydata()), [0.75, 0.25, 0.75], rtol=1e-3)
+  assert (np.asarray(dot.get_xdata())[0], np.asarray(dot.get_ydata())[0]) == pytest.approx((0.1, 0.25), rel=1e-3)
+  (adam,) = lines(figure.axes[1], "#0072B2")
+  assert np.asarray(adam.get_ydata()).min() == pytest.approx(1, rel=1e-3)
 
 
-@pytest.mark.parametrize("num_tasks", [1, 3, 9])
-def test_plot_has_a_panel_for_each_of_the_first_six_of_several_tasks(comparison, tmp_path, monkeypatch, num_tasks):
-  figures = []
-  save = Figure.savefig
-  monkeypatch.setattr(
-    Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure) or save(figure, *args, **kwargs)
-  )
-
-  def repeat(e):
-    # Each task is flat at its own height.
-    curves = np.ones((num_tasks, SEEDS, T)) * np.arange(1.0, num_tasks + 1)[:, None, None]
-    return e._replace(measures=(e.measures * num_tasks)[:num_tasks], curves=curves)
-
-  many = comparison._replace(
-    tasks=("",) * num_tasks,
-    learned={name: repeat(e) for name, e in comparison.learned.items()},
-    baselines={name: repeat(e) for name, e in comparison.baselines.items()},
-  )
-  report.plot(many, tmp_path / "curves.png")
-  large, *small = figures[0].axes
-  assert len(small) == {1: 0, 3: 3, 9: 6}[num_tasks]
-  assert len(large.lines) == 3  # untuned Adam has none
-  for line in large.lines:
-    np.testing.assert_allclose(line.get_ydata(), (num_tasks + 1) / 2)
-  for i, axes in enumerate(small):
-    for line in axes.lines:
-      np.testing.assert_allclose(line.get_ydata(), i + 1)
-  assert large.get_yscale() == "linear"  # as the losses do not span decades
+def test_speed_ups_are_drawn_by_suite_and_rival():
+  by_suite = {suite: comparison.measure(members) for suite, members in SUITES.items()}
+  figure = pictures.speed_ups(by_suite, SUITES["fresh"]["mlp"])
+  assert [axes.get_title() for axes in figure.axes] == ["over tuned AdamW", "over the best baseline", "over θ = 0"]
+  assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["fresh", "size"]
+  dots = [line for line in lines(figure.axes[1], "#D55E00") if line.get_marker() == "o"]
+  values = [float(np.asarray(line.get_xdata())[0]) for line in dots]
+  assert values == pytest.approx([3.0, 0.5], rel=0.02)  # 2 and 4 on three tasks each; below the shortest run
+  one = pictures.speed_ups({"fresh": by_suite["fresh"]}, SUITES["fresh"]["mlp"])
+  assert [text.get_text() for text in one.axes[0].get_yticklabels()] == ["mlp", "deep"]
 
 
-def test_plotted_lines_are_trailing_means_and_bands_the_extremes(comparison, tmp_path, monkeypatch):
-  figures = []
-  save = Figure.savefig
-  monkeypatch.setattr(
-    Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure) or save(figure, *args, **kwargs)
-  )
-  report.plot(comparison, tmp_path / "curves.png")
-  large = figures[0].axes[0]
-  assert large.get_yscale() == "log"
-  curve = np.geomspace(1.0, 0.01, T)
-  smooth = [np.mean(curve[t - min(max(t // 10, 1), 5) : t]) for t in range(1, T + 1)]
-  line = large.lines[0]
-  assert (line.get_label(), line.get_color()) == ("mine", COLORS["mine"])
-  np.testing.assert_array_equal(line.get_xdata(), np.arange(1, T + 1))
-  np.testing.assert_allclose(line.get_ydata(), np.array(smooth) * (0.7 + 1.0 + 1.4) / 3)
-  band = large.collections[0].get_paths()[0].vertices
-  for t in (1, 50, T):
-    at_t = band[band[:, 0] == t][:, 1]
-    assert at_t.min() == pytest.approx(0.7 * smooth[t - 1])
-    assert at_t.max() == pytest.approx(1.4 * smooth[t - 1])
-
-
-def test_a_plot_that_fails_leaves_the_old_file(comparison, tmp_path, monkeypatch):
-  path = tmp_path / "curves.png"
-  path.write_bytes(b"old")
-
-  def fail(figure, file, **kwargs):
-    file.write(b"half a pict")
-    raise OSError("disk full")
-
-  monkeypatch.setattr(Figure, "savefig", fail)
-  with pytest.raises(OSError, match="disk full"):
-    report.plot(comparison, path)
-  assert path.read_bytes() == b"old"
-  assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_folder_that_cannot_be_written_is_named(comparison, tmp_path):
-  (tmp_path / "file").write_text("not a folder")
-  for write in (report.plot, report.write_json):
-    with pytest.raises(OSError, match="file"):
-      write(comparison, tmp_path / "file" / "out")
-
-
-def test_meta_training_curves_show_every_family_and_their_mean():
-  records = [{"step": 0, "evaluation/mean_loss": 1.0, "evaluation/mean_loss/a": 1.0, "evaluation/mean_loss/b": 1.0}]
-  records += [
-    {"step": 10 * i, "meta_loss": 1 / i, "meta_loss/a": 0.5 / i, "meta_loss/b": 1.5 / i} for i in range(1, 41)
+def test_meta_training_curves_have_a_line_for_each_family():
+  records = [
+    {"step": k, "meta_loss": 1.0 / k, "meta_loss/a": 2.0 / k, "meta_loss/b": None if k == 2 else 1.0}
+    for k in range(1, 9)
   ]
-  records += [
-    {"step": 400, "evaluation/mean_loss": 0.5, "evaluation/mean_loss/a": 0.25, "evaluation/mean_loss/b": None}
+  records += [{"step": 4, "evaluation/mean_loss": 0.5}]
+  figure = pictures.meta_training_curves(records)
+  assert isinstance(figure, Figure)
+  assert len(figure.axes[0].lines) == 3
+  np.testing.assert_array_equal(np.asarray(figure.axes[1].lines[0].get_ydata()), [0.5])
+
+
+class Page(HTMLParser):
+  """Texts, images and the cells of tables."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.tables, self.images, self.references = [], [], []
+    self.cell = None
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    if tag == "table":
+      self.tables.append([])
+    elif tag == "tr":
+      self.tables[-1].append([])
+    elif tag in ("td", "th"):
+      self.tables[-1][-1].append("")
+      self.cell = self.tables[-1][-1]
+    elif tag == "img":
+      self.images.append(dict(attrs)["src"])
+    self.references += [value for name, value in attrs if name in ("href", "src")]
+
+  def handle_data(self, data):
+    if self.cell:
+      self.cell[-1] += data.strip()
+
+  def handle_endtag(self, tag):
+    if tag == "table":
+      self.cell = None
+
+
+def test_the_page_is_whole_and_says_the_same(tmp_path):
+  about = report_page.About({"command": "evaluate <now>"}, {"mine": 200}, {"mine": {"seed": 1}})
+  path = report_page.write(SUITES, tmp_path, about)
+  text = path.read_text("utf-8")
+  page = Page(text)
+  assert all(reference.startswith("data:") for reference in page.references)
+  for source in page.images:
+    picture = image.imread(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+    assert picture.std() > 0.01
+  assert len(page.images) == 2 + 3
+  suites = page.tables[0]
+  assert suites[0][:4] == ["suite", "tasks", "optimizer", "learning rate"]
+  assert [row[4] for row in suites[1:] if row[2:4] == ["mine", EACH]] == ["4 (4 to 4)", "0.5 (0.5 to 0.5)"]
+  assert "evaluate &lt;now&gt;" in text
+  assert "3: &lt;c&gt;" in text
+  beyond = next(table for table in page.tables if table[0][1:3] == ["tasks", "trained on up to"])
+  assert beyond[1][:4] == ["mine", "size: wide", "200", "500 (2.5×)"]
+  assert "old: of 9 tasks it diverges on 0, slower than tuned AdamW on 9" in text
+  content = json.loads((tmp_path / "report.json").read_text())
+  assert content["suites"]["size"]["mine"][EACH]["speed_up"]["AdamW"]["value"] == pytest.approx(0.5)
+  assert content["about"]["horizons"] == {"mine": 200}
+  assert sorted(x.name for x in tmp_path.iterdir()) == [
+    "learning_rates.png",
+    "report.html",
+    "report.json",
+    "summary.png",
   ]
-  training, periodic = report.meta_training_curves(records).axes
-  lines = {str(line.get_label()): np.asarray(line.get_xydata()).T for line in periodic.lines}
-  assert list(lines) == ["a", "b", "all"]
-  np.testing.assert_array_equal(lines["a"][0], [0, 400])
-  np.testing.assert_array_equal(lines["all"][1], [1.0, 0.5])
-  np.testing.assert_array_equal(lines["b"][1], [1.0, math.nan])
-  assert [len(np.asarray(line.get_xydata())) for line in training.lines] == [40, 40, 40]
-  smoothed = np.asarray(training.lines[2].get_xydata())[:, 1]  # over a tenth of the steps so far, at most 5% of all
-  assert smoothed[0] == 1.0
-  assert smoothed[39] == pytest.approx((1 / 39 + 1 / 40) / 2)
