@@ -47,6 +47,7 @@ TUNED_FOR = flags.DEFINE_enum(
   get_args(comparison.TunedFor),
   "Whose lowest value chooses the baselines' learning rates.",
 )
+MODULES = flags.DEFINE_list("modules", [], "Modules of your own that the optimizers' files may name.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the results.")
 CACHE = flags.DEFINE_string("cache", "runs/baselines", "Folder of what baselines did; empty for none.")
 TIMING = flags.DEFINE_boolean("timing", True, "Measure the time of a step; nothing else should run then.")
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
   if len(set(names)) < len(names):
     raise configuration.ConfigError(f"--optimizer: two would have the same name in tables: {', '.join(names)}")
   chosen = chosen_baselines(BASELINES.value)
-  optimizers = {name: trained.load(path) for name, path in zip(names, paths, strict=True)}
+  optimizers = {name: trained.load(path, modules=MODULES.value) for name, path in zip(names, paths, strict=True)}
   folder = Path(OUTPUT.value) if OUTPUT.value else _folder(paths[0]) / "evaluation"
   # All are built before the first runs, so that a missing data set is known at once.
   suites = held_out_suites(SUITE.value) if SUITE.value else own_tasks(optimizers[names[0]], paths[0])
@@ -139,7 +140,9 @@ def own_tasks(optimizer: trained.TrainedOptimizer, path: str) -> dict[str, dict[
     raise configuration.ConfigError(
       f"{path}: its configuration has no {', '.join(sorted(missing))}; say which tasks with --config or --suite"
     )
-  families = configuration.task_families(config["task"], where="config.task")
+  # What --config names is the user's word; what stands in an optimizer's file is not.
+  modules = None if CONFIG.value else MODULES.value
+  families = configuration.task_families(config["task"], where="config.task", modules=modules)
   options = {"seed": config["seed"], **config["evaluation"]}
   own = {
     name: Member(families[name][0], {**options, "seed": seed}) for name, seed in seeds(options, families).items()

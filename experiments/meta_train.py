@@ -148,19 +148,12 @@ def first_theta(optimizer: base.LearnedOptimizer, initial: str | None, seed: int
   Raises:
     ConfigError: There is no such trained optimizer, or it is of another architecture.
   """
-  drawn = optimizer.init(meta_training.keys(seed).theta)
   if initial is None:
-    return drawn
+    return optimizer.init(meta_training.keys(seed).theta)
   try:
-    theta = trained.load(initial).theta
+    return trained.load(initial, optimizer).theta
   except trained.LoadError as error:
     raise configuration.ConfigError(f"config.initial: {error}") from error
-  shapes = [{name: x.shape for name, x in meta_parameters.named(t).items()} for t in (theta, drawn)]
-  if different := configuration.difference(*shapes):
-    raise configuration.ConfigError(
-      f"config.initial: θ of {initial} does not fit config.architecture: {different[0]}"
-    )
-  return theta
 
 
 def _periodic(*, every: int, num_tasks: int, num_seeds: int, num_steps: int) -> dict[str, int]:

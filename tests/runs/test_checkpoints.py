@@ -198,3 +198,26 @@ def test_a_full_disk_is_named_and_leaves_earlier_checkpoints(tmp_path):
   assert_identical(checkpoints.restore(tmp_path, small), {"a": small["a"], "b": np.array(0, np.int32)})
   checkpoints.save(tmp_path, 2, small)
   assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+
+
+def test_a_damaged_checkpoint_imports_nothing(tmp_path):
+  """Bits flipped anywhere, and names of classes in Orbax's metadata that are of a stranger."""
+  state = {"w": np.arange(100, dtype=np.float32)}
+  checkpoints.save(tmp_path, 1, state)
+  checkpoints.restore(tmp_path, state)
+  rng = np.random.default_rng(0)
+  files = [path for path in (tmp_path / "checkpoints" / "1").rglob("*") if path.is_file() and path.stat().st_size]
+  before, refused = set(sys.modules), 0
+  for i in range(100):
+    path = files[i % len(files)]
+    good = path.read_bytes()
+    bad = bytearray(good)
+    bad[rng.integers(len(bad))] ^= 1 << rng.integers(8)
+    path.write_bytes(good.replace(b"orbax", b"antigravity").replace(b"np.", b"this.") if i % 5 == 0 else bytes(bad))
+    try:
+      assert_identical(checkpoints.restore(tmp_path, state), state)
+    except CheckpointError:
+      refused += 1
+    path.write_bytes(good)
+  assert refused > 20
+  assert set(sys.modules) == before
