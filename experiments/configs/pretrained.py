@@ -24,11 +24,12 @@ LONGEST = 400
 NETWORK = {"step_multiplier": 1.0, "zero_output": True, "direction": {"learning_rate": 1e-2}}
 TIME_SCALES = (1, 3, 10, 30, 100)  # longer ones go on changing after the longest run of meta-training
 ARCHITECTURES = {
+  "tensor_mlp": {**NETWORK, "step_multiplier": 0.3},
   "adafactor_mlp": {**NETWORK, "time_scales": TIME_SCALES},
   "mlp": {**NETWORK, "time_scales": TIME_SCALES, "hidden_sizes": (16, 16)},
   "lstm": {**NETWORK, "hidden_sizes": (16,)},
 }
-NUM_OUTER_STEPS = {"adafactor_mlp": 3_000, "mlp": 1_000, "lstm": 500}
+NUM_OUTER_STEPS = {"tensor_mlp": 1_500, "adafactor_mlp": 3_000, "mlp": 1_000, "lstm": 500}
 
 
 def get_config(choices: str = "") -> ml_collections.ConfigDict:
