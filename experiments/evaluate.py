@@ -31,7 +31,7 @@ from absl import app, flags, logging
 from lopt import base, configuration
 from lopt.evaluation import baselines, comparison, held_out, report, report_page
 from lopt.outer import parallel
-from lopt.runs import tracking, trained
+from lopt.runs import interruption, lock, tracking, trained
 
 OPTIMIZER = flags.DEFINE_list(
   "optimizer", None, "Trained optimizers: names, files or work directories, by commas.", required=True
@@ -86,9 +86,10 @@ def main(argv: list[str]) -> None:
   suites = held_out_suites(SUITE.value) if SUITE.value else own_tasks(optimizers[names[0]], paths[0])
   about = facts(optimizers)
   pairs = {name: (x.architecture, x.theta) for name, x in optimizers.items()}
-  compared = {suite: compare(suite, members, pairs, chosen) for suite, members in suites.items()}
-  path = report_page.write(compared, folder, about)
-  track(compared, folder, about)
+  with lock.hold(folder):
+    compared = {suite: compare(suite, members, pairs, chosen) for suite, members in suites.items()}
+    path = report_page.write(compared, folder, about)
+    track(compared, folder, about)
   everything = {f"{suite}: {name}": c for suite, members in compared.items() for name, c in members.items()}
   print(f"\n{report.table_of_all(everything)}\n")
   for suite, members in compared.items():
@@ -244,6 +245,10 @@ def _name(optimizer: str) -> str:
 
 if __name__ == "__main__":
   try:
-    app.run(main, flags_parser=configuration.parse_flags)
-  except (configuration.ConfigError, trained.LoadError, OSError) as error:
+    with interruption.immediate("stopped"):
+      app.run(main, flags_parser=configuration.parse_flags)
+  except (configuration.ConfigError, trained.LoadError, lock.LockedError, OSError) as error:
     sys.exit(f"evaluate.py: {error}")
+  except KeyboardInterrupt as error:
+    print("\nevaluate.py: interrupted; what baselines did so far is in --cache", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code if isinstance(error, interruption.InterruptedRun) else 130)

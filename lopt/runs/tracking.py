@@ -8,12 +8,13 @@ offline, in `<workdir>/wandb`, to be uploaded by `wandb sync`. It never prompts.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
 import secrets
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +90,8 @@ def start(
     values = {name: float(value) for name, value in metrics.items()}
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     try:
+      if os.fstat(file.fileno()).st_nlink == 0:
+        raise OSError(errno.ENOENT, "the file was removed during the run")
       file.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
       file.flush()  # to the operating system: it survives the process, and whoever watches sees it
     except OSError as error:
@@ -110,6 +113,27 @@ def start(
       _warn(f"upload was not completed ({_reason(error)}); what is missing is in {workdir / 'wandb'}")
 
   return Tracker(log, log_image, finish)
+
+
+def gain(records: Sequence[Mapping[str, Any]]) -> str:
+  """What meta-training came to on the evaluation tasks, in a sentence; nothing if metrics do not say.
+
+  Args:
+    records: of metrics.jsonl, with `evaluation/mean_loss` before the first outer step and after the last.
+  """
+  losses = [record["evaluation/mean_loss"] for record in records if "evaluation/mean_loss" in record]
+  if len(losses) < 2 or records[0].get("step") != 0:
+    return ""
+  first, last = (math.inf if loss is None else loss for loss in (losses[0], losses[-1]))
+  dead = next((int(record["dead_steps"]) for record in reversed(records) if record.get("dead_steps") is not None), 0)
+  text = (
+    f"On the evaluation tasks the mean training loss was {first:.4g} before meta-training and is {last:.4g} after"
+  )
+  if not last < first:
+    text += ": the trained optimizer is NO BETTER than the one it started from"
+  if dead:
+    text += f"; the last {dead} outer steps had nothing to learn from"
+  return f"{text}."
 
 
 def _records_until(path: Path, step: int) -> str:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -173,3 +174,27 @@ def test_a_failure_of_wandb_does_not_end_the_run(tmp_path, monkeypatch, capfd):
     "Weights & Biases: cannot start offline (disk full): metrics go to metrics.jsonl only",
     "Weights & Biases: logging failed, and is off from here on (the service is gone)",
   ]
+
+
+def test_what_was_gained_is_said_in_words():
+  def records(*losses, dead=0.0):
+    evaluations = [{"step": 10 * i, "evaluation/mean_loss": loss} for i, loss in enumerate(losses)]
+    return [evaluations[0], {"step": 10, "meta_loss": 0.5, "dead_steps": dead}, *evaluations[1:]]
+
+  text = "On the evaluation tasks the mean training loss was 0.9 before meta-training and is 0.5 after"
+  assert tracking.gain(records(0.9, 2.0, 0.5)) == f"{text}."
+  assert tracking.gain(records(0.5, 0.5)).endswith("is NO BETTER than the one it started from.")
+  assert "is inf after: the trained optimizer is NO BETTER" in tracking.gain(records(0.5, None))
+  assert tracking.gain(records(0.9, 0.5, dead=7.0)) == f"{text}; the last 7 outer steps had nothing to learn from."
+  assert tracking.gain([]) == ""
+  assert tracking.gain(records(0.9)) == ""
+  assert tracking.gain(records(0.9, 0.5)[1:]) == ""
+
+
+def test_a_folder_removed_during_the_run_is_noticed(tmp_path):
+  tracker = tracking.start(tmp_path / "run", {}, wandb_mode="disabled")
+  tracker.log(0, {"x": 1.0})
+  shutil.rmtree(tmp_path / "run")
+  with pytest.raises(OSError, match=r"cannot write .*run/metrics\.jsonl: the file was removed during the run"):
+    tracker.log(1, {"x": 1.0})
+  tracker.finish()
