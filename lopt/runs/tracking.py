@@ -52,7 +52,8 @@ def start(
 ) -> Tracker:
   """Begins or resumes tracking.
 
-  A resumed run continues the same Weights & Biases run, and its metrics.jsonl reads as if it had never been
+  A resumed run continues the same Weights & Biases run (offline, a new folder for `wandb sync` has all of it, and the
+  older one is moved to wandb/superseded), and its metrics.jsonl reads as if it had never been
   interrupted: records of steps after `resume_step`, which will be logged again, and a line that was cut off are
   dropped. So log the metrics of a step before its checkpoint is saved.
 
@@ -73,20 +74,30 @@ def start(
   if mode not in MODES:
     raise ValueError(f"W&B mode: must be one of {', '.join(MODES)}, not {mode!r}")
   path = workdir / METRICS
-  write_atomically(path, "" if resume_step is None else _records_until(path, resume_step))
+  past = "" if resume_step is None else _records_until(path, resume_step)
+  write_atomically(path, past)
   file = path.open("a", encoding="utf-8")
   run = None if mode == "disabled" else _start_wandb(workdir, config, mode, resumed=resume_step is not None)
+  # W&B's own step is the number of a record's line. A server that has seen a run before says how many it has; the
+  # others are sent again, as far as the run does not go through them again: no gap, and none twice.
+  there, count = getattr(run, "step", 0), 0
 
   def to_wandb(step: int, values: Mapping[str, Any]) -> None:
     nonlocal run
     try:
-      if run is not None:
-        run.log({"outer_step": step, **values})
+      if run is not None and count >= there:
+        run.log({"outer_step": step, **values}, step=count)
     except Exception as error:  # whatever it is, it is not worth the run
       _warn(f"logging failed, and is off from here on ({_reason(error)})")
       run = None
 
+  for line in past.splitlines():
+    record = json.loads(line)
+    to_wandb(record.pop("step"), {name: math.nan if value is None else value for name, value in record.items()})
+    count += 1
+
   def log(step: int, metrics: Mapping[str, Any]) -> None:
+    nonlocal count
     values = {name: float(value) for name, value in metrics.items()}
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     try:
@@ -97,6 +108,7 @@ def start(
     except OSError as error:
       raise explain(error, path) from error
     to_wandb(int(step), values)
+    count += 1
 
   def log_image(step: int, name: str, path: str | os.PathLike[str]) -> None:
     if run is not None:
@@ -162,6 +174,9 @@ def _start_wandb(workdir: Path, config: Mapping[str, Any], mode: str, *, resumed
     if not (resumed and identity.exists()):
       write_atomically(identity, secrets.token_hex(4))
     run_id = identity.read_text("utf-8").strip()
+    for older in workdir.glob(f"wandb/offline-run-*-{run_id}"):  # the new one repeats what it has
+      (workdir / "wandb" / "superseded").mkdir(exist_ok=True)
+      older.rename(workdir / "wandb" / "superseded" / older.name)
   except Exception as error:
     _warn(f"cannot be used ({_reason(error)}): metrics go to metrics.jsonl only")
     return None

@@ -1,3 +1,4 @@
+import itertools
 import os
 import re
 import shutil
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -264,3 +266,15 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path):
   (tmp_path / "checkpoints").write_text("")
   with pytest.raises(CheckpointError, match="checkpoints: a file is where the folder of checkpoints should be"):
     checkpoints.restore_latest(tmp_path, make_state())
+
+
+def test_a_clock_that_jumps_back_changes_nothing(tmp_path, monkeypatch):
+  clock = itertools.count(2_000_000_000, -86_400)
+  monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+  for step in (1, 2, 3):
+    checkpoints.save(tmp_path, step, make_state(step), keep=2)
+  found = checkpoints.restore_latest(tmp_path, make_state())
+  assert found is not None
+  assert found[0] == 3
+  assert_identical(found[1], make_state(3))
+  assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "3"]
