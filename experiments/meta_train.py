@@ -320,7 +320,22 @@ def work(experiment: Experiment, config: Section, workdir: Path) -> None:
       tracker = tracking.start(workdir, config, wandb_mode=WANDB.value, resume_step=resume_step)
   except ValueError as error:
     raise configuration.ConfigError(str(error)) from error
-  theta = meta_train(experiment, workdir, tracker, max(first_step, 0), restored)
+  try:
+    complete(experiment, config, workdir, tracker, max(first_step, 0), restored)
+  finally:
+    tracker.finish()
+
+
+def complete(
+  experiment: Experiment,
+  config: Section,
+  workdir: Path,
+  tracker: tracking.Tracker,
+  first_step: int,
+  restored: meta_training.MetaState | None,
+) -> None:
+  """Meta-trains, exports, compares and tells."""
+  theta = meta_train(experiment, workdir, tracker, first_step, restored)
   if not parallel.is_first():
     return
   path = workdir / trained.FILENAME
@@ -336,7 +351,6 @@ def work(experiment: Experiment, config: Section, workdir: Path) -> None:
   records = [json.loads(line) for line in (workdir / tracking.METRICS).read_text("utf-8").splitlines()]
   files.write_atomically(workdir / "training.png", report.png(report.meta_training_curves(records)))
   tracker.log_image(experiment.num_outer_steps, "comparison", picture)
-  tracker.finish()
   print(f"\n{report.table_of_all(comparisons)}\n")
   print(f"{report.verdict_of_all(comparisons, 'learned')} Curves: {picture}")
   if gained := tracking.gain(records):

@@ -76,7 +76,8 @@ def start(
   path = workdir / METRICS
   past = "" if resume_step is None else _records_until(path, resume_step)
   write_atomically(path, past)
-  file = path.open("a", encoding="utf-8")
+  # Unbuffered: a line is the operating system's at once, survives the process, and whoever watches sees it.
+  file = path.open("ab", buffering=0)
   run = None if mode == "disabled" else _start_wandb(workdir, config, mode, resumed=resume_step is not None)
   # W&B's own step is the number of a record's line. A server that has seen a run before says how many it has; the
   # others are sent again, as far as the run does not go through them again: no gap, and none twice.
@@ -103,8 +104,9 @@ def start(
     try:
       if os.fstat(file.fileno()).st_nlink == 0:
         raise OSError(errno.ENOENT, "the file was removed during the run")
-      file.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
-      file.flush()  # to the operating system: it survives the process, and whoever watches sees it
+      line = json.dumps({"step": int(step), **finite}, allow_nan=False).encode() + b"\n"
+      while line:  # a disk that becomes full takes a part, and then raises
+        line = line[file.write(line) :]
     except OSError as error:
       raise explain(error, path) from error
     to_wandb(int(step), values)

@@ -236,6 +236,7 @@ def test_wandb_offline_killed_and_resumed_is_one_run_without_gap_or_double(tmp_p
         sys.stdin.read()
   """)
   pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+  pipes["env"] = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # one of its own
   with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes) as process:
     assert process.stdout is not None
     for _ in range(41):
@@ -273,12 +274,14 @@ def test_wandb_online_gets_what_it_lacks_and_nothing_twice(tmp_path, monkeypatch
   tracker = tracking.start(tmp_path, {}, wandb_mode="offline")
   for step in range(0, 20, 2):
     tracker.log(step, {"x": 0.0})
+  tracker.finish()
   assert sent == [(i, 2 * i) for i in range(10)]
   sent.clear()
   Run.step = on_server
   tracker = tracking.start(tmp_path, {}, wandb_mode="offline", resume_step=8)  # five records
   for step in range(10, 20, 2):
     tracker.log(step, {"x": 0.0})
+  tracker.finish()
   assert sent == [(i, 2 * i) for i in range(on_server, 10)]
 
 
