@@ -72,6 +72,32 @@ def test_an_episode_is_plain_training(meta_loss):
   assert problem.loss_cap == 123.0
 
 
+def test_step_spread_multiplies_an_episodes_updates_by_one_factor():
+  """Log-uniform between 1/S and S, the same in all of an episode's steps, and the optimizer sees nothing of it."""
+  problem = inner_training.build(family(), sgd(), horizon=lambda key: jnp.int32(7), step_spread=4.0)
+  plain = inner_training.build(family(), sgd(), horizon=lambda key: jnp.int32(7))
+  starts = jax.vmap(lambda key: problem.init(key, jnp.int32(7)))(jax.random.split(jax.random.key(0), 2_000))
+  exponents = np.log(starts.step_factor) / np.log(4.0)
+  assert -1 <= exponents.min() < -0.98
+  assert 0.98 < exponents.max() <= 1
+  assert abs(np.mean(exponents)) < 4 / np.sqrt(3 * 2_000)  # four standard errors
+  key = jax.random.key(1)
+  one, other = problem.init(key, jnp.int32(7)), plain.init(key, jnp.int32(7))
+  factor = one.step_factor
+  for t in range(3):
+    before, theta = one.params, jnp.float32(0.1)
+    one, _ = problem.step(theta, one, jax.random.key(t))
+    other, _ = plain.step(factor * theta, other, jax.random.key(t))  # which for SGD is the same
+    np.testing.assert_allclose(one.params, other.params, rtol=1e-5)
+    assert np.any(one.params != before)
+
+
+@pytest.mark.parametrize("step_spread", [0.5, np.inf, np.nan])
+def test_a_bad_step_spread_is_refused(step_spread):
+  with pytest.raises(ValueError, match="step_spread"):
+    inner_training.build(family(), sgd(), horizon=lambda key: jnp.int32(7), step_spread=step_spread)
+
+
 @pytest.mark.parametrize(("loss_cap", "expected"), [(None, 123.0), (500.0, 123.0), (2.0, 2.0)])
 def test_a_lower_cap_replaces_the_familys(loss_cap, expected):
   problem = inner_training.build(family(), sgd(), horizon=lambda key: jnp.int32(7), loss_cap=loss_cap)

@@ -105,3 +105,32 @@ def test_parts_must_have_as_many_particles():
   unequal = parts() | {"wide": pes.build(problem(7), num_pairs=4, sigma=0.1, unroll_length=5)}
   with pytest.raises(ValueError, match="as many particles"):
     mixture.combine(unequal, WEIGHTS).init(jax.random.key(0), THETA)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_balanced_families_have_noise_of_one_size(devices, monkeypatch):
+  """Σ_i w_i g_i / √(mean |g_in|²), each part alone; scaling a family's loss changes nothing, on any devices."""
+  monkeypatch.setattr(meta_training.parallel, "num_devices", lambda pairs: devices)
+
+  def louder(estimator):
+    def estimate(key, theta, state):
+      gradient, state, metrics = estimator.estimate(key, theta, state)
+      squares = 1e6 * metrics["mean_square_gradient"]
+      return optax.tree.scale(1e3, gradient), state, {**metrics, "mean_square_gradient": squares}
+
+    return base.GradientEstimator(estimator.init, estimate)
+
+  def theta_after_a_step(estimators):
+    combined = mixture.combine(estimators, WEIGHTS, balance=meta_training.parallel.mean)
+    trainer = meta_training.build(combined, lambda key: THETA, optax.sgd(1.0), seed=0)
+    return leaves(trainer.advance(0, trainer.init())[0].theta)
+
+  keys = meta_training.keys(0)
+  expected = leaves(THETA)
+  for i, (name, part) in enumerate(parts().items()):
+    state = part.init(jax.random.fold_in(keys.particles, i), THETA)
+    g, _, m = part.estimate(jax.random.fold_in(jax.random.fold_in(keys.steps, 0), i), THETA, state)
+    expected = expected - WEIGHTS[name] / 4 * leaves(g) / np.sqrt(m["mean_square_gradient"])
+  np.testing.assert_allclose(theta_after_a_step(parts()), expected, rtol=1e-4)
+  loud = {**parts(), "wide": louder(parts()["wide"])}
+  np.testing.assert_allclose(theta_after_a_step(loud), expected, rtol=1e-4)
