@@ -82,6 +82,7 @@ def main(argv: list[str]) -> None:
   chosen = chosen_baselines(BASELINES.value)
   optimizers = {name: trained.load(path, modules=MODULES.value) for name, path in zip(names, paths, strict=True)}
   folder = Path(OUTPUT.value) if OUTPUT.value else _folder(paths[0]) / "evaluation"
+  lock.check(folder)
   # All are built before the first runs, so that a missing data set is known at once.
   suites = held_out_suites(SUITE.value) if SUITE.value else own_tasks(optimizers[names[0]], paths[0])
   about = facts(optimizers)

@@ -306,6 +306,7 @@ def work(experiment: Experiment, config: Section, workdir: Path) -> None:
   """All of a run but its preparation, in a work directory that belongs to this process."""
   saved_like, latest = experiment.trainer.saved_like, None
   if parallel.is_first():
+    files.remove_partial(workdir)
     claim(workdir, config)
     # Before tracking begins: a damaged checkpoint should not leave a run behind.
     latest = checkpoints.restore_latest(workdir, saved_like)

@@ -33,6 +33,13 @@ def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
       temporary.unlink(missing_ok=True)
 
 
+def remove_partial(folder: str | os.PathLike[str]) -> None:
+  """Deletes what writes into `folder` left that were killed; only for who knows that nobody writes there now."""
+  for path in Path(folder).glob(".*.tmp"):
+    with contextlib.suppress(OSError):
+      path.unlink()
+
+
 def explain(error: OSError, path: str | os.PathLike[str]) -> OSError:
   """The same error with a message that says which file could not be written, and why."""
   full = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded"}

@@ -38,7 +38,8 @@ def deferred(message: str) -> Iterator[Callable[[], int]]:
       signal.raise_signal(number)
       return
     received = number
-    print(f"\n{message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(RuntimeError, OSError):  # as where the signal comes in the middle of another print
+      print(f"\n{message}", file=sys.stderr, flush=True)
 
   previous = {}
   if threading.current_thread() is threading.main_thread():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lopt.runs.files import write_atomically
+from lopt.runs.files import remove_partial, write_atomically
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -66,6 +66,8 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     text = path.read_text()
     assert len(text) == 200_000
     assert len(set(text)) == 1
+  remove_partial(tmp_path)  # what the killed ones left
+  assert os.listdir(tmp_path) == ["file.txt"]
 
 
 def test_a_file_where_a_folder_should_be_is_named_and_the_other_way_round(tmp_path):
