@@ -201,8 +201,8 @@ def test_a_folder_removed_during_the_run_is_noticed(tmp_path):
   tracker.finish()
 
 
-def offline_history(workdir: Path) -> list[dict[str, Any]]:
-  """The records that `wandb sync` would send, read from W&B's file, which is a log in LevelDB's format."""
+def offline_records(workdir: Path) -> list[Any]:
+  """What `wandb sync` would send, read from W&B's file, which is a log in LevelDB's format."""
   from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
   (path,) = (workdir / "wandb").glob("offline-run-*/*.wandb")
@@ -215,12 +215,19 @@ def offline_history(workdir: Path) -> list[dict[str, Any]]:
     parts += data[position + 7 : position + 7 + length]
     position += 7 + length
     if kind in (1, 4):  # whole, or the last part
-      record = Record.FromString(parts)
+      found.append(Record.FromString(parts))
       parts = b""
-      if record.WhichOneof("record_type") == "history":
-        items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        found.append(items)
   return found
+
+
+def offline_history(workdir: Path) -> list[dict[str, Any]]:
+  """The metrics in W&B's file, once W&B, which does so in a process of its own, has written all of it."""
+  deadline = time.monotonic() + 60
+  while not (found := offline_records(workdir)) or found[-1].WhichOneof("record_type") != "exit":
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+  history = [record.history.item for record in found if record.WhichOneof("record_type") == "history"]
+  return [{item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items} for items in history]
 
 
 def test_wandb_offline_killed_and_resumed_is_one_run_without_gap_or_double(tmp_path):
