@@ -22,8 +22,7 @@ from absl import app, flags
 
 KILLS = flags.DEFINE_integer("kills", 200, "How many, at least.", 1)
 SECONDS = flags.DEFINE_float("seconds", float("inf"), "Stop after this time, with fewer kills.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
-FOLDER = flags.DEFINE_string("folder", "runs/kill", "Where the runs are; a fresh one.")
+FOLDER = flags.DEFINE_string("folder", "runs/kill", "Where the runs are; what is there counts, and is gone on with.")
 
 EXPERIMENTS = Path(__file__).parent.parent
 SETTINGS = {
@@ -105,29 +104,39 @@ def results(run: Path) -> dict[str, Any]:
   }
 
 
+def whole_run(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
+  """Results of a run that is left alone, and the seconds that each of its commands works; kept in the folder."""
+  path = folder / "seconds.json"
+  if not path.exists():
+    seconds = {}
+    for name in ("warm", "whole"):  # the first compiles
+      for make in (train, evaluate):
+        command = make(folder / name)
+        process = start(command, folder / f"{name}.log")
+        tick = wait(process, folder / name, command)
+        if process.wait() != 0:
+          sys.exit(f"{' '.join(command)} failed; see {folder / name}.log")
+        seconds[make.__name__] = time.perf_counter() - tick
+    if results(folder / "whole") != results(folder / "warm"):
+      sys.exit("two runs that nobody killed differ")
+    path.write_text(json.dumps(seconds))
+  return results(folder / "whole"), json.loads(path.read_text("utf-8"))
+
+
 def main(argv: list[str]) -> None:
   del argv
   folder = Path(FOLDER.value).absolute()
-  folder.mkdir(parents=True)
+  folder.mkdir(parents=True, exist_ok=True)
   begun = time.monotonic()
-  seconds = {}
-  for name in ("warm", "whole"):  # the first compiles
-    for make in (train, evaluate):
-      command = make(folder / name)
-      process = start(command, folder / f"{name}.log")
-      tick = wait(process, folder / name, command)
-      if process.wait() != 0:
-        sys.exit(f"{' '.join(command)} failed; see {folder / name}.log")
-      seconds[make] = time.perf_counter() - tick
-  expected = results(folder / "whole")
-  if expected != results(folder / "warm"):
-    sys.exit("two runs that nobody killed differ")
-  rng = random.Random(SEED.value)
-  kills: collections.Counter[str] = collections.Counter()
-  runs = different = 0
-  over = lambda: kills.total() >= KILLS.value or time.monotonic() - begun > SECONDS.value
+  expected, seconds = whole_run(folder)
+  rng = random.Random()
+  record = folder / "kills.txt"
+  record.touch()
+  count = lambda: len(record.read_text("utf-8").splitlines())
+  over = lambda: count() >= KILLS.value or time.monotonic() - begun > SECONDS.value
+  different = 0
   while not over():
-    run = folder / f"run{runs}"
+    run = folder / f"run{len(list(folder.glob('run*.done')))}"
     for make in (train, evaluate):
       command = make(run)
       while True:
@@ -136,22 +145,27 @@ def main(argv: list[str]) -> None:
         wait(process, run, command)
         if not over():
           try:
-            process.wait(rng.uniform(0, seconds[make]))
+            process.wait(rng.uniform(0, seconds[make.__name__]))
           except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            kills[phase(run, command)] += 1
+            with record.open("a", encoding="utf-8") as file:
+              file.write(f"{phase(run, command)}\n")
             continue
         if process.wait() != 0:
           sys.exit(f"{run}: exit code {process.returncode} of {' '.join(command)}; see {run}.log")
         break
-    runs += 1
     found = results(run)
     wrong = [name for name in expected if expected[name] != found[name]]
     different += bool(wrong)
-    print(f"{run.name}: {kills.total()} kills so far; {f'DIFFERS in {wrong}' if wrong else 'the same'}", flush=True)
-  where = ", ".join(f"{count} in {name}" for name, count in kills.most_common())
-  print(f"{kills.total()} kills ({where}) in {runs} runs, of which {different} differ from one that was not killed")
+    (folder / f"{run.name}.done").write_text("differs" if wrong else "the same")
+    print(f"{run.name}: {count()} kills so far; {f'DIFFERS in {wrong}' if wrong else 'the same'}", flush=True)
+  phases = collections.Counter(record.read_text("utf-8").splitlines())
+  where = ", ".join(f"{number} in {name}" for name, number in phases.most_common())
+  done = [path.read_text("utf-8") for path in folder.glob("run*.done")]
+  print(
+    f"{count()} kills ({where}) in {len(done)} runs, {done.count('the same')} of which are as one that was not killed"
+  )
   sys.exit(different > 0)
 
 
