@@ -394,7 +394,7 @@ def test_a_work_directory_removed_during_the_run_and_an_empty_metrics_file(
   process.send_signal(signal.SIGCONT)
   _, errors = process.communicate(timeout=60)
   assert process.returncode == 1
-  assert re.search(r"^meta_train\.py: cannot (write|be written).*run/", errors, re.M), errors
+  assert re.search(r"^meta_train\.py: .*cannot (write|be written).*run/", errors, re.M), errors
   (tmp_path / "copy" / "metrics.jsonl").write_text("")
   result = run(meta_train(tmp_path / "copy"), environment, tmp_path)
   assert result.returncode == 0, result.stderr
