@@ -31,7 +31,7 @@ from absl import app, flags, logging
 from lopt import base, configuration
 from lopt.evaluation import baselines, comparison, held_out, inner_runs, report, report_page, timing
 from lopt.outer import parallel
-from lopt.runs import tracking, trained
+from lopt.runs import interruption, lock, tracking, trained
 
 OPTIMIZER = flags.DEFINE_list(
   "optimizer", None, "Trained optimizers: names, files or work directories, by commas.", required=True
@@ -39,6 +39,7 @@ OPTIMIZER = flags.DEFINE_list(
 CONFIG = configuration.define_flag("config", None, "Take the tasks from this configuration instead.")
 SUITE = flags.DEFINE_list("suite", None, "Compare on these held-out suites instead, or on all.")
 BASELINES = flags.DEFINE_list("baselines", ["adamw", "muon"], "Functions of lopt/evaluation/baselines.py, or all.")
+MODULES = flags.DEFINE_list("modules", [], "Modules of your own that the optimizers' files may name.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the results.")
 CACHE = flags.DEFINE_string("cache", "runs/evaluation", "Folder of runs that were done; empty for none.")
 TIMING = flags.DEFINE_boolean("timing", True, "Measure the time of a step; nothing else should run then.")
@@ -71,15 +72,17 @@ def main(argv: list[str]) -> None:
   if len(set(names)) < len(names):
     raise configuration.ConfigError(f"--optimizer: two would have the same name in tables: {', '.join(names)}")
   chosen = chosen_baselines(BASELINES.value)
-  optimizers = {name: trained.load(path) for name, path in zip(names, paths, strict=True)}
+  optimizers = {name: trained.load(path, modules=MODULES.value) for name, path in zip(names, paths, strict=True)}
   folder = Path(OUTPUT.value) if OUTPUT.value else _folder(paths[0]) / "evaluation"
+  lock.check(folder)
   # All are built before the first runs, so that a missing data set is known at once.
   suites = held_out_suites(SUITE.value) if SUITE.value else own_tasks(optimizers[names[0]], paths[0])
   about = facts(optimizers)
   pairs = {name: (x.architecture, x.theta) for name, x in optimizers.items()}
-  compared = {suite: compare(suite, members, pairs, chosen) for suite, members in suites.items()}
-  path = report_page.write(compared, folder, about)
-  track(compared, folder, about)
+  with lock.hold(folder):
+    compared = {suite: compare(suite, members, pairs, chosen) for suite, members in suites.items()}
+    path = report_page.write(compared, folder, about)
+    track(compared, folder, about)
   everything = {f"{suite}: {name}": c for suite, members in compared.items() for name, c in members.items()}
   print(f"\n{report.table_of_all(everything)}\n")
   for suite, members in compared.items():
@@ -131,7 +134,9 @@ def own_tasks(optimizer: trained.TrainedOptimizer, path: str) -> dict[str, dict[
     raise configuration.ConfigError(
       f"{path}: its configuration has no {', '.join(sorted(missing))}; say which tasks with --config or --suite"
     )
-  families = configuration.task_families(config["task"], where="config.task")
+  # What --config names is the user's word; what stands in an optimizer's file is not.
+  modules = None if CONFIG.value else MODULES.value
+  families = configuration.task_families(config["task"], where="config.task", modules=modules)
   options = {"seed": config["seed"], **config["evaluation"]}
   own = {
     name: Member(families[name][0], {**options, "seed": seed}) for name, seed in seeds(options, families).items()
@@ -231,6 +236,10 @@ def _name(optimizer: str) -> str:
 
 if __name__ == "__main__":
   try:
-    app.run(main, flags_parser=configuration.parse_flags)
-  except (configuration.ConfigError, trained.LoadError, OSError) as error:
+    with interruption.immediate("stopped"):
+      app.run(main, flags_parser=configuration.parse_flags)
+  except (configuration.ConfigError, trained.LoadError, lock.LockedError, OSError) as error:
     sys.exit(f"evaluate.py: {error}")
+  except KeyboardInterrupt as error:
+    print("\nevaluate.py: interrupted; what baselines did so far is in --cache", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code if isinstance(error, interruption.InterruptedRun) else 130)

@@ -15,6 +15,7 @@ Writes to the work directory: optimizer.safetensors (the trained optimizer, for 
 comparison.md and comparison.png, training.png, metrics.jsonl, config.json, checkpoints/ and, unless disabled, wandb/.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from lopt import base, checks, configuration, inner_training
 from lopt.evaluation import held_out, inner_runs, pictures, report
 from lopt.outer import final_loss, late_losses, meta_parameters, meta_training, mixture, parallel
-from lopt.runs import checkpoints, files, tracking, trained
+from lopt.runs import checkpoints, files, interruption, lock, tracking, trained
 
 CONFIG = configuration.define_flag("config", str(Path(__file__).parent / "configs" / "digits.py"), "What to run.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Where the run is kept, and continued from.")
@@ -40,6 +41,9 @@ WANDB = flags.DEFINE_enum(
   "Weights & Biases: online when logged in, else an offline run; or as said.",
 )
 
+MAX_DEAD_STEPS = flags.DEFINE_integer(
+  "max_dead_steps", 100, "Outer steps in a row without anything to learn from that end the run; 0: go on.", 0
+)
 COORDINATOR = flags.DEFINE_string("coordinator", None, "Several processes: host:port of process 0, or 'auto'.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are, unless 'auto'.", 1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, unless 'auto'.", 0)
@@ -145,19 +149,12 @@ def first_theta(optimizer: base.LearnedOptimizer, initial: str | None, seed: int
   Raises:
     ConfigError: There is no such trained optimizer, or it is of another architecture.
   """
-  drawn = optimizer.init(meta_training.keys(seed).theta)
   if initial is None:
-    return drawn
+    return optimizer.init(meta_training.keys(seed).theta)
   try:
-    theta = trained.load(initial).theta
+    return trained.load(initial, optimizer).theta
   except trained.LoadError as error:
     raise configuration.ConfigError(f"config.initial: {error}") from error
-  shapes = [{name: x.shape for name, x in meta_parameters.named(t).items()} for t in (theta, drawn)]
-  if different := configuration.difference(*shapes):
-    raise configuration.ConfigError(
-      f"config.initial: θ of {initial} does not fit config.architecture: {different[0]}"
-    )
-  return theta
 
 
 def _periodic(*, every: int, num_tasks: int, num_seeds: int, num_steps: int) -> dict[str, int]:
@@ -244,7 +241,9 @@ def meta_train(
 
     def progress(steps: int, metrics: Mapping[str, float]) -> None:
       bar.set_postfix_str(
-        f"meta-loss {metrics['meta_loss']:.4f}, {metrics['inner_steps_per_second']:,.0f} inner steps/s", refresh=False
+        f"meta-loss {metrics['meta_loss']:.4f}, {metrics['inner_steps_per_second']:,.0f} inner steps/s"
+        + (f", NOTHING LEARNED for {metrics['dead_steps']:.0f} steps" if metrics["dead_steps"] else ""),
+        refresh=False,
       )
       bar.update(steps)
 
@@ -261,9 +260,10 @@ def meta_train(
       record=tracker.log,
       periodic=[
         meta_training.Every(evaluation_every, evaluate),
-        meta_training.Every(experiment.checkpoint["every"], save),
+        meta_training.Every(experiment.checkpoint["every"], save, when_interrupted=True),
       ],
       progress=progress,
+      max_dead_steps=MAX_DEAD_STEPS.value or None,
     )
   return experiment.whole(state.theta)
 
@@ -292,12 +292,25 @@ def main(argv: list[str]) -> None:
   parallel.setup()
   connect()
   config, workdir = configuration.plain(CONFIG.value), Path(WORKDIR.value)
-  experiment = configuration.call(build, config, where="config")
   if parallel.is_first():
+    lock.check(workdir)  # before what takes long
+  experiment = configuration.call(build, config, where="config")
+  with lock.hold(workdir) if parallel.is_first() else contextlib.nullcontext():
+    work(experiment, config, workdir)
+
+
+def work(experiment: Experiment, config: Section, workdir: Path) -> None:
+  """All of a run but its preparation, in a work directory that belongs to this process."""
+  saved_like, latest = experiment.trainer.saved_like, None
+  if parallel.is_first():
+    files.remove_partial(workdir)
     claim(workdir, config)
-  first_step = parallel.of_first(-1 if (latest := checkpoints.latest_step(workdir)) is None else latest)
-  # Before tracking begins: a damaged checkpoint should not leave a run behind.
-  restored = checkpoints.restore(workdir, experiment.trainer.saved_like, first_step) if first_step >= 0 else None
+    # Before tracking begins: a damaged checkpoint should not leave a run behind.
+    latest = checkpoints.restore_latest(workdir, saved_like)
+  first_step = parallel.of_first(-1 if latest is None else latest[0])
+  restored = (
+    latest[1] if latest else checkpoints.restore(workdir, saved_like, first_step) if first_step >= 0 else None
+  )
   resume_step = first_step if first_step >= 0 else None
   try:
     tracker = tracking.nothing()
@@ -305,7 +318,22 @@ def main(argv: list[str]) -> None:
       tracker = tracking.start(workdir, config, wandb_mode=WANDB.value, resume_step=resume_step)
   except ValueError as error:
     raise configuration.ConfigError(str(error)) from error
-  theta = meta_train(experiment, workdir, tracker, max(first_step, 0), restored)
+  try:
+    complete(experiment, config, workdir, tracker, max(first_step, 0), restored)
+  finally:
+    tracker.finish()
+
+
+def complete(
+  experiment: Experiment,
+  config: Section,
+  workdir: Path,
+  tracker: tracking.Tracker,
+  first_step: int,
+  restored: meta_training.MetaState | None,
+) -> None:
+  """Meta-trains, exports, compares and tells."""
+  theta = meta_train(experiment, workdir, tracker, first_step, restored)
   if not parallel.is_first():
     return
   path = workdir / trained.FILENAME
@@ -321,9 +349,10 @@ def main(argv: list[str]) -> None:
   records = [json.loads(line) for line in (workdir / tracking.METRICS).read_text("utf-8").splitlines()]
   files.write_atomically(workdir / "training.png", pictures.png(pictures.meta_training_curves(records)))
   tracker.log_image(experiment.num_outer_steps, "comparison", picture)
-  tracker.finish()
   print(f"\n{report.table_of_all(comparisons)}\n")
   print(f"{report.verdict_of_all(comparisons, 'learned')} Curves: {picture}")
+  if gained := tracking.gain(records):
+    print(gained)
   print(f'The trained optimizer is {path}; use it with lopt.load("{path}")(num_steps=...).')
 
 
@@ -341,9 +370,18 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  AGAIN = "the same command continues from the last checkpoint"
   try:
-    app.run(run, flags_parser=configuration.parse_flags)
-  except (configuration.ConfigError, checkpoints.CheckpointError, FloatingPointError, OSError) as error:
+    with interruption.immediate("stopped by SIGTERM"):
+      app.run(run, flags_parser=configuration.parse_flags)
+  except (
+    configuration.ConfigError,
+    checkpoints.CheckpointError,
+    FloatingPointError,
+    lock.LockedError,
+    OSError,
+  ) as error:
     sys.exit(f"meta_train.py: {error}")
-  except KeyboardInterrupt:
-    sys.exit("\nmeta_train.py: interrupted; the same command continues from the last checkpoint")
+  except KeyboardInterrupt as error:
+    print(f"\nmeta_train.py: {str(error) or 'interrupted'}; {AGAIN}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code if isinstance(error, interruption.InterruptedRun) else 130)

@@ -24,7 +24,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,16 +85,30 @@ def call(build: Callable[..., Any], options: Mapping[str, Any], *args: Any, wher
     raise ConfigError(f"{where}: {error}") from error
 
 
-def module(package: str, name: str, *, where: str) -> types.ModuleType:
+def module(package: str, name: str, *, where: str, modules: Collection[str] | None = None) -> types.ModuleType:
   """The module `lopt.<package>.<name>`, or `name` itself where it has dots (a module outside of lopt).
 
+  Args:
+    package: "architectures", "tasks" or "outer".
+    name: of the module.
+    where: the field that names it.
+    modules: which modules outside of lopt may be imported; None: any. A name that stands in a file must not choose
+      what runs here, so whoever reads one gives what the user has allowed, or ().
+
   Raises:
-    ConfigError: there is no such module, or it has no function `build`.
+    ConfigError: there is no such module, it may not be imported, or it has no function `build`.
   """
   if not all(part.isidentifier() for part in name.split(".")):
     raise ConfigError(f"{where}: {name!r} is not the name of a module; there are: {', '.join(choices(package))}")
   path = name if "." in name else f"lopt.{package}.{name}"
+  if modules is not None and "." in name and name not in modules:
+    raise ConfigError(
+      f"{where}: {name!r} is not one of lopt's own ({', '.join(choices(package))}), and a file does not choose what "
+      "is imported here"
+    )
   try:
+    if modules is not None and "." not in name and name not in choices(package):
+      raise ModuleNotFoundError(name=path)  # the helpers of a package are not for a file to import either
     found = importlib.import_module(path)
   except ModuleNotFoundError as error:
     if not f"{path}.".startswith(f"{error.name}."):
@@ -117,18 +131,24 @@ def choices(package: str) -> list[str]:
   return sorted(path.stem for path in folder.glob("*.py") if build_of_contract.search(path.read_text("utf-8")))
 
 
-def build(package: str, section: Mapping[str, Any] | ml_collections.ConfigDict, *args: Any, where: str) -> Any:
+def build(
+  package: str,
+  section: Mapping[str, Any] | ml_collections.ConfigDict,
+  *args: Any,
+  where: str,
+  modules: Collection[str] | None = None,
+) -> Any:
   """What `build(*args, **options)` of a module returns, for a section `{"name": <module>, **options}`.
 
   Raises:
-    ConfigError: no such module, or options that it does not take.
+    ConfigError: no such module, one that `modules` does not allow (see `module`), or options that it does not take.
   """
   options = plain(section, where)
   name = options.pop("name", None)
   if not isinstance(name, str):
     raise ConfigError(f"{where}.name: {name!r} names no module; there are: {', '.join(choices(package))}")
   wrappings = {wrapper: options.pop(wrapper, None) for wrapper in WRAPPERS.get(package, ())}
-  chosen = module(package, name, where=f"{where}.name")
+  chosen = module(package, name, where=f"{where}.name", modules=modules)
   built = call(chosen.build, options, *args, where=where)
   for wrapper, wrapping in wrappings.items():
     if not wrapping:
@@ -139,7 +159,9 @@ def build(package: str, section: Mapping[str, Any] | ml_collections.ConfigDict, 
   return built
 
 
-def task_families(section: Mapping[str, Any], *, where: str) -> dict[str, tuple[Any, float]]:
+def task_families(
+  section: Mapping[str, Any], *, where: str, modules: Collection[str] | None = None
+) -> dict[str, tuple[Any, float]]:
   """The task families of a section and their weights, by name: one, or those of a mixture.
 
       {"name": "mlp_classifier", **options}
@@ -148,11 +170,12 @@ def task_families(section: Mapping[str, Any], *, where: str) -> dict[str, tuple[
   Weights are 1 where not given.
 
   Raises:
-    ConfigError: no such module, options that it does not take, or a mixture of nothing.
+    ConfigError: no such module, one that `modules` does not allow (see `module`), options that it does not take, or
+      a mixture of nothing.
   """
   section = plain(section, where)
   if section.get("name") != MIXTURE:
-    return {str(section.get("name")).rpartition(".")[2]: (build("tasks", section, where=where), 1.0)}
+    return {str(section.get("name")).rpartition(".")[2]: (build("tasks", section, where=where, modules=modules), 1.0)}
   if unknown := section.keys() - {"name", "families"}:
     raise ConfigError(f"{where}.{min(unknown)}: unknown field; a mixture takes: families")
   members = section.get("families")
@@ -163,7 +186,8 @@ def task_families(section: Mapping[str, Any], *, where: str) -> dict[str, tuple[
     weight = member.pop("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
       raise ConfigError(f"{where}.families.{label}.weight: must be a number above 0, not {weight!r}")
-    families[label] = (build("tasks", member, where=f"{where}.families.{label}"), float(weight))
+    built = build("tasks", member, where=f"{where}.families.{label}", modules=modules)
+    families[label] = (built, float(weight))
   return families
 
 

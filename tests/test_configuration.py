@@ -360,3 +360,24 @@ def test_what_is_wrong_with_a_mixture_is_said(change, message):
   section = {"name": "mixture", "families": {"a": {"name": "quadratic"}}, **change}
   with pytest.raises(ConfigError, match=message):
     configuration.task_families(section, where="config.task")
+
+
+def test_names_from_files_import_only_what_is_allowed(tmp_path, monkeypatch):
+  """As where a trained optimizer's own configuration says on which tasks to evaluate it."""
+  mark = tmp_path / "imported"
+  code = f"open({str(mark)!r}, 'w').close()\nfrom lopt.tasks.quadratic import build\n"
+  (tmp_path / "foreign_task.py").write_text(code)
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / "folder").mkdir()
+  (tmp_path / "folder" / "task.py").write_text("from foreign_task import build\n")
+  one = {"name": "folder.task"}
+  mixture = {"name": "mixture", "families": {"a": {"name": "quadratic"}, "b": one}}
+  for section, where in [(one, "task"), (mixture, r"task\.families\.b")]:
+    with pytest.raises(ConfigError, match=rf"{where}\.name: 'folder\.task' is not one of lopt's own \(.*quadratic"):
+      configuration.task_families(section, where="task", modules=())
+  for name in ("prepare", "datasets"):  # lopt's, and no task family
+    with pytest.raises(ConfigError, match=rf"no lopt/tasks/{name}\.py"):
+      configuration.task_families({"name": name}, where="task", modules=())
+  assert not mark.exists()
+  assert set(configuration.task_families(mixture, where="task", modules=["folder.task"])) == {"a", "b"}
+  assert mark.exists()

@@ -1,7 +1,10 @@
 """The two scripts as their users run them: in a process of their own, killed, continued, misused."""
 
 import json
+import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,3 +245,166 @@ def test_foreign_optimizers_are_refused(environment, tmp_path):
   (tmp_path / "noise.safetensors").write_bytes(bytes(range(256)))
   result = run(evaluate(f"--optimizer={tmp_path}/noise.safetensors"), environment, tmp_path)
   assert fails_with(result, "damaged, or not a safetensors file")
+
+
+def start_and_wait_for(path, command, environment, folder):
+  """A process that has written `path`."""
+  process = subprocess.Popen(command, env=environment, cwd=folder, stderr=subprocess.PIPE, text=True)
+  deadline = time.monotonic() + 200
+  while not path.exists():
+    assert process.poll() is None, process.communicate()[1]
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+  return process
+
+
+def assert_the_same(workdir, other):
+  """θ bit for bit, and the metrics of the same steps."""
+  expected, theta = (safetensors.numpy.load_file(x / "optimizer.safetensors") for x in (workdir, other))
+  assert expected.keys() == theta.keys()
+  for name, array in expected.items():
+    np.testing.assert_array_equal(theta[name], array, err_msg=name)
+  lines = [
+    [json.loads(line) | {"inner_steps_per_second": 0} for line in (x / "metrics.jsonl").read_text().splitlines()]
+    for x in (workdir, other)
+  ]
+  assert lines[0] == lines[1]
+
+
+def test_a_run_is_alone_stops_on_sigterm_and_goes_on_past_a_damaged_checkpoint(
+  finished, environment, meta_train, tmp_path
+):
+  workdir, _ = finished
+  here = tmp_path / "run"
+  process = start_and_wait_for(here / "checkpoints" / "8", meta_train(here), environment, tmp_path)
+  process.send_signal(signal.SIGSTOP)  # so that it cannot end before the second looks
+  before = (here / "metrics.jsonl").read_bytes()
+  result = run(meta_train(here), environment, tmp_path)
+  assert fails_with(result, rf"run: in use by process {process.pid} on \S+; wait for it or stop it")
+  assert (here / "metrics.jsonl").read_bytes() == before
+  process.send_signal(signal.SIGCONT)
+  process.send_signal(signal.SIGTERM)
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == 143, errors
+  (line,) = re.findall(r"^meta_train\.py: stopped by SIGTERM.*$", errors, re.M)
+  assert line.endswith("; the same command continues from the last checkpoint")
+  assert "Traceback" not in errors
+  steps = sorted(int(path.name) for path in (here / "checkpoints").iterdir())
+  if found := re.search(r"after outer step (\d+) of 60", line):
+    assert steps[-1] == int(found[1])
+
+  for path in [path for path in (here / "checkpoints" / str(steps[-1])).rglob("*") if path.is_file()]:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  result = run(meta_train(here), environment, tmp_path)
+  assert result.returncode == 0, result.stderr
+  assert f"going on from step {steps[-2]}" in result.stderr
+  assert_the_same(workdir, here)
+
+
+def test_a_run_that_ended_says_whether_anything_was_gained(finished):
+  _, output = finished
+  assert re.search(r"On the evaluation tasks the mean training loss was [\d.]+ before meta-training and is", output)
+
+
+def test_a_dead_run_stops_with_one_line(environment, meta_train, tmp_path):
+  changes: dict = {"outer_optimizer.learning_rate": 1e4, "outer_optimizer.warmup_steps": 0, "estimator.sigma": 50.0}
+  result = run(meta_train(tmp_path / "run", "--max_dead_steps=20", **changes), environment, tmp_path)
+  assert fails_with(result, r"outer step \d+: every .* in the last 2[01] outer steps, and nothing is learned")
+  assert result.returncode == 1
+  assert not (tmp_path / "run" / "optimizer.safetensors").exists()
+  records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert records[-1]["dead_steps"] in (20, 21)  # of two outer steps at a time
+  assert re.search(r"NOTHING LEARNED for \d+ steps", result.stderr)
+
+
+@pytest.mark.slow
+def test_a_dead_run_that_goes_on_says_that_nothing_was_gained(environment, meta_train, tmp_path):
+  changes: dict = {"outer_optimizer.learning_rate": 1e4, "outer_optimizer.warmup_steps": 0, "estimator.sigma": 50.0}
+  result = run(meta_train(tmp_path / "run", "--max_dead_steps=0", **changes), environment, tmp_path)
+  assert result.returncode == 0, result.stderr
+  assert "NO BETTER than the one it started from; the last" in result.stdout
+
+
+@pytest.mark.parametrize("kind", ["limit", "full"])
+def test_a_full_disk_ends_a_run_with_one_line_and_nothing_is_lost(finished, environment, meta_train, tmp_path, kind):
+  """By a limit on the size of files, and on a small file system that is really full (in a mount namespace)."""
+  workdir, _ = finished
+  here = tmp_path / "run"
+  process = start_and_wait_for(here / "checkpoints" / "4", meta_train(here), environment, tmp_path)
+  process.kill()
+  process.communicate()
+  if kind == "limit":
+    size = (here / "metrics.jsonl").stat().st_size + 2000  # a few lines
+    command, limit = meta_train(here), lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+  else:
+    size = sum(path.stat().st_size + 4096 for path in here.rglob("*") if path.is_file()) + 120_000
+    script = f'mount -t tmpfs -o size={size} tmpfs "$0" && cp -r "$1" "$0/run" && shift && "$@"; code=$?; '
+    script += 'rm -rf "$KEEP" && cp -r "$0/run" "$KEEP"; exit $code'
+    (tmp_path / "small").mkdir()
+    command, limit = ["unshare", "-Urm", "sh", "-c", script, "small", str(here), *meta_train("small/run")], None
+    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
+      pytest.skip("this system has no mount namespaces for its users")
+  result = subprocess.run(
+    command,
+    env={**environment, "KEEP": str(here)},
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    preexec_fn=limit,
+  )
+  assert result.returncode == 1, result.stderr
+  line = [line for line in result.stderr.splitlines() if line.startswith("meta_train.py: ")][-1]
+  assert re.search("cannot (be )?writ(e|ten).*(no space left on the disk|file size limit|too large)", line), line
+  assert "Traceback" not in result.stderr
+  result = run(meta_train(here), environment, tmp_path)  # with space again
+  assert result.returncode == 0, result.stderr
+  assert_the_same(workdir, here)
+
+
+@pytest.mark.parametrize("kind", ["file", "above", "checkpoints", "read-only"])
+def test_a_work_directory_that_cannot_be_is_refused_in_one_line(environment, meta_train, tmp_path, kind):
+  here, arguments = tmp_path / "run", {}
+  if kind == "file":
+    here.write_text("mine")
+  elif kind == "above":
+    here.write_text("mine")
+    here = here / "inside"
+  elif kind == "checkpoints":
+    here.mkdir()
+    (here / "checkpoints").write_text("mine")
+  else:
+    here.mkdir(mode=0o555)
+    if os.geteuid() == 0:  # who may write everywhere
+      pytest.skip("for users other than root")
+  result = subprocess.run(
+    meta_train(here), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, **arguments
+  )
+  expected = "Permission denied" if kind == "read-only" else "a file is where .* should be"
+  assert fails_with(result, expected)
+  assert len(result.stderr.strip().splitlines()) == 1
+  if kind in ("file", "above"):
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_a_work_directory_removed_during_the_run_and_an_empty_metrics_file(
+  finished, environment, meta_train, tmp_path
+):
+  here = tmp_path / "run"
+  process = start_and_wait_for(here / "checkpoints" / "4", meta_train(here), environment, tmp_path)
+  process.send_signal(signal.SIGSTOP)
+  shutil.copytree(here, tmp_path / "copy")
+  shutil.rmtree(here)
+  process.send_signal(signal.SIGCONT)
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == 1
+  assert re.search(r"^meta_train\.py: .*cannot (write|be written).*run/", errors, re.M), errors
+  (tmp_path / "copy" / "metrics.jsonl").write_text("")
+  result = run(meta_train(tmp_path / "copy"), environment, tmp_path)
+  assert result.returncode == 0, result.stderr
+  expected, theta = (
+    safetensors.numpy.load_file(x / "optimizer.safetensors") for x in (finished[0], tmp_path / "copy")
+  )
+  for name, array in expected.items():
+    np.testing.assert_array_equal(theta[name], array, err_msg=name)

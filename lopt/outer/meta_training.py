@@ -1,6 +1,7 @@
 """The outer loop: estimate the meta-gradient, update θ, again."""
 
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import optax
 
 from lopt import base
 from lopt.outer import parallel
+from lopt.runs import interruption
 
 
 class MetaState(NamedTuple):
@@ -166,6 +168,12 @@ class Every(NamedTuple):
 
   steps: int
   action: Callable[[int, MetaState], None]
+  when_interrupted: bool = False
+  """Also when the run is asked to end: what saves it."""
+
+
+class DeadRunError(FloatingPointError):
+  """A run that has nothing more to learn from, as where θ is so far off that every inner run diverges."""
 
 
 def run(
@@ -177,39 +185,64 @@ def run(
   record: Callable[[int, dict[str, float]], None],
   periodic: Sequence[Every] = (),
   progress: Callable[[int, dict[str, float]], None] = lambda steps, metrics: None,
+  max_dead_steps: int | None = 100,
 ) -> MetaState:
   """Takes outer steps first_step .. last_step - 1.
+
+  Ctrl-C and SIGTERM end it after the call of `advance` that is under way, with what is due `when_interrupted` done.
+  An outer step is dead if its meta-gradient is exactly zero, or every particle diverged: one of many is no harm, but
+  with all of them dead there is nothing to learn from.
 
   Args:
     trainer: What takes them.
     state: Before `first_step`; consumed.
     first_step, last_step: Multiples of the trainer's `steps_per_call`, as are the periods below.
-    record: `(outer steps taken, metrics)`, called with the means of every call's metrics, and the inner steps per
-      second that it came to.
+    record: `(outer steps taken, metrics)`, called with the means of every call's metrics, the inner steps per second
+      that it came to, and `dead_steps`: how many outer steps in a row, up to here, were dead.
     periodic: Called in their order, after `record`.
     progress: `(outer steps taken by this call, metrics)`.
+    max_dead_steps: Dead outer steps in a row that end the run; None to go on whatever happens.
 
   Raises:
+    InterruptedRun: By Ctrl-C or SIGTERM; what was saved is of the outer step that the message names.
+    DeadRunError: After `max_dead_steps`.
     FloatingPointError: The meta-gradient or θ is not finite; what was saved before is not affected.
   """
-  for step in range(first_step, last_step, trainer.steps_per_call):
-    begun = time.perf_counter()
-    state, metrics = trainer.advance(step, state)
-    seconds = time.perf_counter() - begun
-    # θ too: once it is NaN, every loss is capped, and the meta-gradient of equal losses is exactly zero.
-    for name, what in {"gradient_norm": "the meta-gradient", "theta_norm": "θ"}.items():
-      bad = ~np.isfinite(metrics[name])
-      if bad.any():
-        raise FloatingPointError(
-          f"outer step {step + int(np.argmax(bad))}: {what} is not finite; lower the outer learning rate or σ, or "
-          "give the task family a finite loss_cap"
+  dead_steps = 0
+  with interruption.deferred("stopping after this outer step; once more to stop at once") as received:
+    for step in range(first_step, last_step, trainer.steps_per_call):
+      begun = time.perf_counter()
+      state, metrics = trainer.advance(step, state)
+      seconds = time.perf_counter() - begun
+      # θ too: once it is NaN, every loss is capped, and the meta-gradient of equal losses is exactly zero.
+      for name, what in {"gradient_norm": "the meta-gradient", "theta_norm": "θ"}.items():
+        bad = ~np.isfinite(metrics[name])
+        if bad.any():
+          raise FloatingPointError(
+            f"outer step {step + int(np.argmax(bad))}: {what} is not finite; lower the outer learning rate or σ, or "
+            "give the task family a finite loss_cap"
+          )
+      dead = (metrics["gradient_norm"] == 0) | (metrics["diverged"] >= 1)
+      alive = np.flatnonzero(~dead)
+      dead_steps = len(dead) - 1 - int(alive[-1]) if alive.size else dead_steps + len(dead)
+      means = {name: float(np.mean(values)) for name, values in metrics.items()}
+      means["inner_steps_per_second"] = float(np.sum(metrics["inner_steps"])) / seconds
+      means["dead_steps"] = float(dead_steps)
+      done = step + trainer.steps_per_call
+      record(done, means)
+      progress(trainer.steps_per_call, means)
+      if max_dead_steps is not None and dead_steps >= max_dead_steps:
+        what = "every particle diverged" if metrics["diverged"][-1] >= 1 else "every meta-gradient was exactly zero"
+        raise DeadRunError(
+          f"outer step {done}: {what} in the last {dead_steps} outer steps, and nothing is learned from that (|θ| = "
+          f"{means['theta_norm']:.3g}); lower the outer learning rate or σ and start anew (or, to go on all the "
+          "same, lift max_dead_steps)"
         )
-    means = {name: float(np.mean(values)) for name, values in metrics.items()}
-    means["inner_steps_per_second"] = float(np.sum(metrics["inner_steps"])) / seconds
-    done = step + trainer.steps_per_call
-    record(done, means)
-    progress(trainer.steps_per_call, means)
-    for every, action in periodic:
-      if done % every == 0 or done == last_step:
-        action(done, state)
+      stopped_by = parallel.of_any(received())
+      for every, action, when_interrupted in periodic:
+        if done % every == 0 or done == last_step or (stopped_by and when_interrupted):
+          action(done, state)
+      if stopped_by:
+        message = f"stopped by {signal.Signals(stopped_by).name} after outer step {done} of {last_step}"
+        raise interruption.InterruptedRun(message, stopped_by)
   return state

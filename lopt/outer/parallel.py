@@ -77,6 +77,11 @@ def of_first(number: int) -> int:
   return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if jax.process_count() > 1 else number
 
 
+def of_any(number: int) -> int:
+  """The largest number of any process, in all processes, once all of them ask for it."""
+  return int(np.max(multihost_utils.process_allgather(np.int32(number)))) if jax.process_count() > 1 else number
+
+
 def num_devices(num_pairs: int) -> int:
   """How many devices to use: all of several processes, else the largest number that divides the pairs evenly.
 

@@ -7,6 +7,7 @@ when complete, so that a checkpoint is whole or absent whenever the process dies
 import contextlib
 import logging
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,10 @@ from lopt.base import PyTree
 
 class CheckpointError(Exception):
   """A checkpoint that cannot be written or used; one line that says which, what is wrong, and the remedy."""
+
+
+class DamagedError(CheckpointError):
+  """A checkpoint that is not what was saved."""
 
 
 def latest_step(workdir: str | Path) -> int | None:
@@ -69,7 +74,8 @@ def restore(workdir: str | Path, like: PyTree, step: int | None = None) -> PyTre
     step: which checkpoint; the newest by default.
 
   Raises:
-    CheckpointError: there is none, it is damaged, or it is of a state of other structure, shapes or dtypes.
+    DamagedError: it is not what was saved.
+    CheckpointError: there is none, or it is of a state of other structure, shapes or dtypes.
   """
   step = latest_step(workdir) if step is None else step
   if step is None or step not in _steps(workdir):
@@ -91,11 +97,44 @@ def restore(workdir: str | Path, like: PyTree, step: int | None = None) -> PyTre
   except CheckpointError:
     raise
   except Exception as error:  # as above
-    raise CheckpointError(f"{path}: damaged: {_reason(error)}; {_remedy(workdir, step)}") from error
+    raise DamagedError(f"{path}: damaged: {_reason(error)}; {_remedy(workdir, step)}") from error
   for name, array in arrays.items():
     if _describe(array) != expected[name] or _checksum(array) != manifest[name]["crc32"]:
-      raise CheckpointError(f"{path}: damaged: {name} is not what was saved; {_remedy(workdir, step)}")
+      raise DamagedError(f"{path}: damaged: {name} is not what was saved; {_remedy(workdir, step)}")
   return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in expected])
+
+
+def restore_latest(workdir: str | Path, like: PyTree) -> tuple[int, PyTree] | None:
+  """The newest checkpoint that is whole: its step, and what `restore` gives; None if there has been none.
+
+  A damaged one is moved to `<workdir>/damaged/`, with a message, and the run goes on from the one before.
+
+  Raises:
+    CheckpointError: all that there are are damaged, or one is of another state.
+  """
+  folder = Path(workdir) / "checkpoints"
+  if folder.exists() and not folder.is_dir():
+    raise CheckpointError(f"{folder}: a file is where the folder of checkpoints should be")
+  damage = None
+  while (step := latest_step(workdir)) is not None:
+    try:
+      return step, restore(workdir, like, step)
+    except DamagedError as error:
+      damage = error
+      earlier = [s for s in _steps(workdir) if s < step]
+      if not earlier:
+        break  # and stays where it is, so that the run is not begun anew unasked
+      aside = Path(workdir) / "damaged" / str(step)
+      try:
+        aside.parent.mkdir(exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        _path(workdir, step).rename(aside)
+      except OSError as failure:
+        raise CheckpointError(f"{error} (it cannot be moved to {aside}: {failure.strerror})") from failure
+      print(f"{error} (moved to {aside}; going on from step {earlier[-1]})", file=sys.stderr)
+  if damage is not None:
+    raise damage
+  return None
 
 
 _FOREIGN = "use the configuration that it was made with, or another workdir"

@@ -8,12 +8,13 @@ offline, in `<workdir>/wandb`, to be uploaded by `wandb sync`. It never prompts.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
 import secrets
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +52,8 @@ def start(
 ) -> Tracker:
   """Begins or resumes tracking.
 
-  A resumed run continues the same Weights & Biases run, and its metrics.jsonl reads as if it had never been
+  A resumed run continues the same Weights & Biases run (offline, a new folder for `wandb sync` has all of it, and the
+  older one is moved to wandb/superseded), and its metrics.jsonl reads as if it had never been
   interrupted: records of steps after `resume_step`, which will be logged again, and a line that was cut off are
   dropped. So log the metrics of a step before its checkpoint is saved.
 
@@ -72,28 +74,43 @@ def start(
   if mode not in MODES:
     raise ValueError(f"W&B mode: must be one of {', '.join(MODES)}, not {mode!r}")
   path = workdir / METRICS
-  write_atomically(path, "" if resume_step is None else _records_until(path, resume_step))
-  file = path.open("a", encoding="utf-8")
+  past = "" if resume_step is None else _records_until(path, resume_step)
+  write_atomically(path, past)
+  # Unbuffered: a line is the operating system's at once, survives the process, and whoever watches sees it.
+  file = path.open("ab", buffering=0)
   run = None if mode == "disabled" else _start_wandb(workdir, config, mode, resumed=resume_step is not None)
+  # W&B's own step is the number of a record's line. A server that has seen a run before says how many it has; the
+  # others are sent again, as far as the run does not go through them again: no gap, and none twice.
+  there, count = getattr(run, "step", 0), 0
 
   def to_wandb(step: int, values: Mapping[str, Any]) -> None:
     nonlocal run
     try:
-      if run is not None:
-        run.log({"outer_step": step, **values})
+      if run is not None and count >= there:
+        run.log({"outer_step": step, **values}, step=count)
     except Exception as error:  # whatever it is, it is not worth the run
       _warn(f"logging failed, and is off from here on ({_reason(error)})")
       run = None
 
+  for line in past.splitlines():
+    record = json.loads(line)
+    to_wandb(record.pop("step"), {name: math.nan if value is None else value for name, value in record.items()})
+    count += 1
+
   def log(step: int, metrics: Mapping[str, Any]) -> None:
+    nonlocal count
     values = {name: float(value) for name, value in metrics.items()}
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     try:
-      file.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
-      file.flush()  # to the operating system: it survives the process, and whoever watches sees it
+      if os.fstat(file.fileno()).st_nlink == 0:
+        raise OSError(errno.ENOENT, "the file was removed during the run")
+      line = json.dumps({"step": int(step), **finite}, allow_nan=False).encode() + b"\n"
+      while line:  # a disk that becomes full takes a part, and then raises
+        line = line[file.write(line) :]
     except OSError as error:
       raise explain(error, path) from error
     to_wandb(int(step), values)
+    count += 1
 
   def log_image(step: int, name: str, path: str | os.PathLike[str]) -> None:
     if run is not None:
@@ -110,6 +127,27 @@ def start(
       _warn(f"upload was not completed ({_reason(error)}); what is missing is in {workdir / 'wandb'}")
 
   return Tracker(log, log_image, finish)
+
+
+def gain(records: Sequence[Mapping[str, Any]]) -> str:
+  """What meta-training came to on the evaluation tasks, in a sentence; nothing if metrics do not say.
+
+  Args:
+    records: of metrics.jsonl, with `evaluation/mean_loss` before the first outer step and after the last.
+  """
+  losses = [record["evaluation/mean_loss"] for record in records if "evaluation/mean_loss" in record]
+  if len(losses) < 2 or records[0].get("step") != 0:
+    return ""
+  first, last = (math.inf if loss is None else loss for loss in (losses[0], losses[-1]))
+  dead = next((int(record["dead_steps"]) for record in reversed(records) if record.get("dead_steps") is not None), 0)
+  text = (
+    f"On the evaluation tasks the mean training loss was {first:.4g} before meta-training and is {last:.4g} after"
+  )
+  if not last < first:
+    text += ": the trained optimizer is NO BETTER than the one it started from"
+  if dead:
+    text += f"; the last {dead} outer steps had nothing to learn from"
+  return f"{text}."
 
 
 def _records_until(path: Path, step: int) -> str:
@@ -138,6 +176,9 @@ def _start_wandb(workdir: Path, config: Mapping[str, Any], mode: str, *, resumed
     if not (resumed and identity.exists()):
       write_atomically(identity, secrets.token_hex(4))
     run_id = identity.read_text("utf-8").strip()
+    for older in workdir.glob(f"wandb/offline-run-*-{run_id}"):  # the new one repeats what it has
+      (workdir / "wandb" / "superseded").mkdir(exist_ok=True)
+      older.rename(workdir / "wandb" / "superseded" / older.name)
   except Exception as error:
     _warn(f"cannot be used ({_reason(error)}): metrics go to metrics.jsonl only")
     return None

@@ -25,6 +25,7 @@ import contextlib
 import difflib
 import errno
 import io
+import json
 import logging
 import os
 import re
@@ -384,10 +385,29 @@ def _digits_builder(data_dir: Path) -> Any:
   return Digits(data_dir=data_dir, file_format="array_record")
 
 
+def _check_features(name: str, directory: Path) -> None:
+  """Raises ValueError for a set with features that are not TFDS's own: TFDS would import the module that it names."""
+  path = directory / "features.json"
+  try:
+    todo = [json.loads(path.read_text("utf-8"))]
+  except (OSError, ValueError, RecursionError) as error:
+    raise ValueError(f"dataset={name!r}: {path} cannot be read ({error}); prepare the set again") from error
+  while todo:
+    value = todo.pop()
+    if isinstance(value, dict):
+      for key in ("pythonClassName", "type"):
+        title = value.get(key)
+        if isinstance(title, str) and "." in title and not title.startswith("tensorflow_datasets.core.features."):
+          raise ValueError(f"dataset={name!r}: {path} names the class {title!r}, which is not of TFDS; not imported")
+    if isinstance(value, (dict, list)):
+      todo += value.values() if isinstance(value, dict) else value
+
+
 def _open(name: str, directory: Path) -> Any:
   """The builder of a prepared set."""
   import tensorflow_datasets as tfds
 
+  _check_features(name, directory)
   builder: Any = tfds.builder_from_directory(directory)
   file_format = getattr(builder.info.file_format, "value", "an unknown")
   if file_format != "array_record":

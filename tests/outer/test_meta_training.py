@@ -1,5 +1,7 @@
 """The outer loop against a plain one, and what interruptions, calls and devices may not change."""
 
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from lopt import base
 from lopt.outer import meta_training, pes
+from lopt.runs import interruption
 
 NUM_PAIRS = 8
 
@@ -151,6 +154,87 @@ def test_a_theta_that_is_not_finite_stops_the_run():
   )
   with pytest.raises(FloatingPointError, match="outer step 0: θ is not finite"):
     run(broken, 3)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_saves_at_the_next_step_and_continues_bit_for_bit(capfd, number, code):
+  """As by Ctrl-C in a notebook: no process ends, and handlers are as they were."""
+  handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+  first, saved = trainer(steps_per_call=2), {}
+  whole, all_records = run(first, 10)
+
+  def send(steps, metrics):
+    del steps, metrics
+    if not saved:
+      signal.raise_signal(number)
+
+  save = meta_training.Every(100, lambda step, state: saved.update({step: first.save(state)}), when_interrupted=True)
+  other = meta_training.Every(100, lambda step, state: pytest.fail("this is not due"))
+  with pytest.raises(
+    interruption.InterruptedRun, match=f"stopped by {number.name} after outer step 2 of 10"
+  ) as error:
+    run(first, 10, periodic=[other, save], progress=send)
+  assert isinstance(error.value, KeyboardInterrupt)
+  assert error.value.exit_code == code
+  assert list(saved) == [2]
+  assert "stopping after this outer step; once more to stop at once" in capfd.readouterr().err
+  assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+  second = trainer(steps_per_call=2)
+  continued, records = run(second, 10, first_step=2, state=second.load(saved[2]))
+  for a, b in zip(jax.tree.leaves(first.save(whole)), jax.tree.leaves(second.save(continued)), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert [step for step, _ in records] == [step for step, _ in all_records[1:]]
+
+
+def test_a_second_signal_stops_at_once():
+  def send(steps, metrics):
+    del steps, metrics
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+  save = meta_training.Every(1, lambda step, state: pytest.fail("it goes on"), when_interrupted=True)
+  with pytest.raises(KeyboardInterrupt) as error:
+    run(trainer(), 10, periodic=[save], progress=send)
+  assert not isinstance(error.value, interruption.InterruptedRun)
+
+
+def far_away(distance, steps_per_call=2):
+  """A run on a problem whose loss is cut off beyond |θ| = 1, that starts at some distance."""
+
+  def step(theta, state, key):
+    del key
+    return state + 1, jnp.minimum(jnp.sum(jnp.square(theta["x"])), 1.0)
+
+  problem = base.UnrolledProblem(lambda key: jnp.int32(10), lambda key, num_steps: jnp.int32(0), step, loss_cap=0.99)
+  gradients = pes.build(problem, num_pairs=NUM_PAIRS, sigma=0.01, unroll_length=5)
+  start = lambda key: {"x": jnp.full(2, float(distance))}
+  return meta_training.build(gradients, start, optax.sgd(0.0), seed=0, steps_per_call=steps_per_call)
+
+
+def test_a_dead_run_is_counted_and_ends_with_a_message():
+  records = []
+  message = (
+    r"outer step 6: every particle diverged in the last 6 outer steps, .*\|θ\| = 1\.41e\+03.*lower the outer learning"
+  )
+  with pytest.raises(meta_training.DeadRunError, match=message):
+    meta_training.run(
+      trained := far_away(1e3),
+      trained.init(),
+      0,
+      20,
+      record=lambda step, metrics: records.append((step, metrics["dead_steps"], metrics["gradient_norm"])),
+      max_dead_steps=5,
+    )
+  assert records == [(2, 2.0, 0.0), (4, 4.0, 0.0), (6, 6.0, 0.0)]
+
+
+def test_a_dead_run_goes_on_if_it_is_told_to_and_one_that_lives_is_never_dead():
+  _, dead = run(far_away(1e3), 8, max_dead_steps=None)
+  assert [metrics["dead_steps"] for _, metrics in dead] == [2, 4, 6, 8]
+  _, alive = run(far_away(0.1), 8, max_dead_steps=1)
+  assert [metrics["dead_steps"] for _, metrics in alive] == [0] * 4
+  _, alive = run(trainer(), 3, max_dead_steps=1)
+  assert [metrics["dead_steps"] for _, metrics in alive] == [0] * 3
 
 
 def test_the_outer_optimizer_clips_warms_up_and_decays():

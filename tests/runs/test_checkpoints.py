@@ -1,3 +1,4 @@
+import itertools
 import os
 import re
 import shutil
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +200,81 @@ def test_a_full_disk_is_named_and_leaves_earlier_checkpoints(tmp_path):
   assert_identical(checkpoints.restore(tmp_path, small), {"a": small["a"], "b": np.array(0, np.int32)})
   checkpoints.save(tmp_path, 2, small)
   assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+
+
+def test_a_damaged_checkpoint_imports_nothing(tmp_path):
+  """Bits flipped anywhere, and names of classes in Orbax's metadata that are of a stranger."""
+  state = {"w": np.arange(100, dtype=np.float32)}
+  checkpoints.save(tmp_path, 1, state)
+  checkpoints.restore(tmp_path, state)
+  rng = np.random.default_rng(0)
+  files = [path for path in (tmp_path / "checkpoints" / "1").rglob("*") if path.is_file() and path.stat().st_size]
+  before, refused = set(sys.modules), 0
+  for i in range(100):
+    path = files[i % len(files)]
+    good = path.read_bytes()
+    bad = bytearray(good)
+    bad[rng.integers(len(bad))] ^= 1 << rng.integers(8)
+    path.write_bytes(good.replace(b"orbax", b"antigravity").replace(b"np.", b"this.") if i % 5 == 0 else bytes(bad))
+    try:
+      assert_identical(checkpoints.restore(tmp_path, state), state)
+    except CheckpointError:
+      refused += 1
+    path.write_bytes(good)
+  assert refused > 20
+  assert set(sys.modules) == before
+
+
+def cut_in_half(folder: Path) -> None:
+  for path in [path for path in folder.rglob("*") if path.is_file()]:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_the_newest_that_is_whole_is_used(tmp_path, capfd):
+  """Those that are damaged are put aside with a line each, and their steps can be saved again."""
+  assert checkpoints.restore_latest(tmp_path, make_state()) is None
+  for step in (1, 2, 3):
+    checkpoints.save(tmp_path, step, make_state(step))
+  for step in (2, 3):
+    cut_in_half(tmp_path / "checkpoints" / str(step))
+  found = checkpoints.restore_latest(tmp_path, make_state())
+  assert found is not None
+  assert found[0] == 1
+  assert_identical(found[1], make_state(1))
+  lines = capfd.readouterr().err.splitlines()
+  assert len(lines) == 2
+  assert re.fullmatch(r".*checkpoints/3: damaged: .*moved to .*damaged/3; going on from step 2\)", lines[0])
+  assert re.fullmatch(r".*checkpoints/2: damaged: .*moved to .*damaged/2; going on from step 1\)", lines[1])
+  assert sorted(os.listdir(tmp_path / "damaged")) == ["2", "3"]
+  checkpoints.save(tmp_path, 2, make_state(2))
+  assert checkpoints.latest_step(tmp_path) == 2
+
+
+def test_where_none_is_whole_nothing_is_begun_anew(tmp_path):
+  checkpoints.save(tmp_path, 1, make_state())
+  cut_in_half(tmp_path / "checkpoints" / "1")
+  for _ in range(2):
+    with pytest.raises(CheckpointError, match=r"checkpoints/1: damaged: .*; delete it to go on from the start"):
+      checkpoints.restore_latest(tmp_path, make_state())
+  checkpoints.save(tmp_path, 2, {"x": np.zeros(2)})
+  with pytest.raises(CheckpointError, match="is absent in the checkpoint"):  # foreign, and so left alone
+    checkpoints.restore_latest(tmp_path, make_state())
+  assert checkpoints.latest_step(tmp_path) == 2
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
+  (tmp_path / "checkpoints").write_text("")
+  with pytest.raises(CheckpointError, match="checkpoints: a file is where the folder of checkpoints should be"):
+    checkpoints.restore_latest(tmp_path, make_state())
+
+
+def test_a_clock_that_jumps_back_changes_nothing(tmp_path, monkeypatch):
+  clock = itertools.count(2_000_000_000, -86_400)
+  monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+  for step in (1, 2, 3):
+    checkpoints.save(tmp_path, step, make_state(step), keep=2)
+  found = checkpoints.restore_latest(tmp_path, make_state())
+  assert found is not None
+  assert found[0] == 3
+  assert_identical(found[1], make_state(3))
+  assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "3"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lopt.runs.files import write_atomically
+from lopt.runs.files import remove_partial, write_atomically
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -66,3 +66,17 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     text = path.read_text()
     assert len(text) == 200_000
     assert len(set(text)) == 1
+  remove_partial(tmp_path)  # what the killed ones left
+  assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_a_file_where_a_folder_should_be_is_named_and_the_other_way_round(tmp_path):
+  (tmp_path / "file").write_text("old")
+  for path in (tmp_path / "file" / "a", tmp_path / "file" / "b" / "a"):
+    with pytest.raises(OSError, match=r"cannot write .*/a: a file is where a folder should be"):
+      write_atomically(path, "x")
+  (tmp_path / "folder").mkdir()
+  with pytest.raises(OSError, match=r"cannot write .*/folder: a folder is where the file should be"):
+    write_atomically(tmp_path / "folder", "x")
+  assert (tmp_path / "file").read_text() == "old"
+  assert sorted(os.listdir(tmp_path)) == ["file", "folder"]

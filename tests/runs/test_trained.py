@@ -1,6 +1,10 @@
 import json
+import os
+import re
+import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +111,8 @@ def test_the_file_is_plain_safetensors(path):
     "format_version": "1",
     "lopt_version": lopt.__version__,
     "outer_steps": "17",
-    "architecture": json.dumps({"name": "mlp", "hidden_sizes": [8, 4]}),
-    "config": json.dumps(configuration.plain(CONFIG)),
+    "architecture": json.dumps({"hidden_sizes": [8, 4], "name": "mlp"}),
+    "config": json.dumps(configuration.plain(CONFIG), sort_keys=True),
   }
   read_arrays, read_header = trained.read(path)
   assert read_header == header
@@ -141,7 +145,9 @@ def test_a_file_that_is_no_trained_optimizer_is_refused(path, tmp_path):
   assert_refused("damaged: its header lacks architecture")
   path.write_bytes(good)
   rewrite(path, architecture="{")
-  assert_refused("cannot build the architecture in its header")
+  assert_refused("damaged: its header's architecture is not JSON")
+  rewrite(path, architecture="[]")
+  assert_refused("damaged: its header's architecture is not a JSON object")
   rewrite(path, architecture='{"name": "mpl"}')
   assert_refused(r"architecture\.name: no lopt/architectures/mpl\.py; did you mean 'mlp'\?")
   rewrite(path, architecture='{"name": "mlp", "hidden_sizes": "x"}')
@@ -178,3 +184,122 @@ def test_importing_lopt_imports_nothing_that_only_meta_training_needs():
   result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
   heavy = {"tensorflow_datasets", "tensorflow", "wandb", "orbax", "matplotlib", "sklearn", "torch"}
   assert heavy & set(result.stdout.split()) == set()
+
+
+def decoy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+  """A module `stranger`, where Python finds it, that leaves this file behind when it is imported."""
+  mark = folder / "imported"
+  architecture = "from lopt.architectures.mlp import build  # noqa\n"
+  (folder / "stranger.py").write_text(f"open({str(mark)!r}, 'w').close()\n{architecture}")
+  monkeypatch.syspath_prepend(folder)
+  monkeypatch.delitem(sys.modules, "stranger", raising=False)
+  return mark
+
+
+def test_a_file_does_not_choose_what_is_imported(path, tmp_path, monkeypatch):
+  """Unless the user allows the module by its name; or passes the architecture."""
+  mark = decoy(tmp_path, monkeypatch)
+  rewrite(path, architecture='{"name": "stranger.x", "hidden_sizes": [8, 4]}')
+  remedy = r"'stranger\.x' is not one of lopt's own \(.*mlp.*\).*pass it: lopt\.load\(path, architecture=\.\.\.\)"
+  with pytest.raises(LoadError, match=remedy):
+    lopt.load(path)
+  rewrite(path, architecture='{"name": "prepare"}')
+  with pytest.raises(LoadError, match=r"no lopt/architectures/prepare\.py"):
+    lopt.load(path)
+  assert not mark.exists()
+  jax.tree.map(np.testing.assert_array_equal, lopt.load(path, architecture=architecture()).theta, theta())
+  assert not mark.exists()
+
+  (tmp_path / "package").mkdir()
+  (tmp_path / "package" / "own.py").write_text("from stranger import build\n")
+  rewrite(path, architecture='{"name": "package.own", "hidden_sizes": [8, 4]}')
+  with pytest.raises(LoadError, match=r"or modules=\['package\.own'\]"):
+    lopt.load(path, modules=["package"])
+  assert not mark.exists()
+  jax.tree.map(np.testing.assert_array_equal, lopt.load(path, modules=["package.own"]).theta, theta())
+  assert mark.exists()
+
+
+def test_a_given_architecture_must_fit(path):
+  other = configuration.build("architectures", {"name": "mlp", "hidden_sizes": [3]}, where="a")
+  with pytest.raises(LoadError, match="θ does not fit the given architecture: layer_0/b is"):
+    lopt.load(path, other)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_theta_that_is_not_finite_is_refused(path, bad):
+  arrays, _ = contents(path)
+  arrays = {name: array.copy() for name, array in arrays.items()}
+  arrays["layer_1/w"][2, 1] = bad
+  rewrite(path, arrays)
+  with pytest.raises(LoadError, match="θ is not finite: layer_1/w has NaN or infinite values"):
+    lopt.load(path)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"hidden_sizes": [10**9]}, r"θ does not fit .* is float32\[8\] in the file and float32\[1000000000\] in"),
+    ({"hidden_sizes": [10**12]}, "an integer of more than 31 bits"),
+    ({"hidden_sizes": [4] * 1000}, "more than 500 options"),
+    ({"step_multiplier": float("nan")}, "an option is NaN"),
+    ({"name": "m\x1b[2J\nlp"}, r"'m\\x1b\[2J\\nlp' is not the name of a module"),
+    ({"name": "x" * 10**5}, r"\.\.\.$"),
+  ],
+)
+def test_absurd_options_cost_nothing(path, options, message):
+  """Neither memory nor time, and what a terminal sees is one short line."""
+  rewrite(path, architecture=json.dumps({**configuration.plain(CONFIG["architecture"]), **options}))
+  before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+  with pytest.raises(LoadError, match=message) as error:
+    lopt.load(path)
+  assert time.monotonic() - begun < 10
+  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024  # KiB
+  text = str(error.value).removeprefix(str(path))
+  assert len(text) < 700
+  assert text.isprintable()
+
+
+def test_absurd_files_are_not_read(path):
+  rewrite(path, note="x" * 2**20)
+  with pytest.raises(LoadError, match=r"not a safetensors file \(a header of 1,049,\d\d\d bytes\)"):
+    lopt.load(path)
+  with path.open("wb") as file:
+    file.truncate(2**40)  # a hole, that takes no space on the disk
+  with pytest.raises(LoadError, match="has 1,099,511,627,776 bytes, and a trained optimizer at most 268,435,456"):
+    lopt.load(path)
+
+
+def test_the_same_optimizer_gives_the_same_bytes(path, tmp_path):
+  """In another process, and with the fields of the configuration in another order."""
+  code = f"""
+import jax
+from lopt import configuration
+from lopt.runs import trained
+config = {dict(reversed(CONFIG.items()))!r}
+config["architecture"] = dict(reversed(config["architecture"].items()))
+theta = configuration.build("architectures", config["architecture"], where="a").init(jax.random.key(0))
+trained.export("again.safetensors", theta, config, outer_steps=17)
+"""
+  environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "1"}
+  subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+  assert contents(tmp_path / "again.safetensors")[1] == contents(path)[1]
+  header, again = (
+    file.read_bytes()[: 8 + int.from_bytes(file.read_bytes()[:8], "little")]
+    for file in (path, tmp_path / "again.safetensors")
+  )
+  assert header == again
+  assert len(header) % 8 == 0
+  names = list(json.loads(header[8:])["__metadata__"])
+  assert names == sorted(names)
+
+
+@pytest.mark.parametrize("files", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_mutated_files_do_no_harm(tmp_path, files):
+  script = ROOT / "experiments" / "robustness" / "fuzz_load.py"
+  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+  command = [sys.executable, str(script), f"--files={files}", f"--keep={tmp_path}"]
+  result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+  assert result.returncode == 0, result.stdout + result.stderr
+  assert re.search(rf"{files} mutated files .*: [1-9]\d* loaded, 0 did harm", result.stdout)
+  assert "cannot build the architecture" in result.stdout

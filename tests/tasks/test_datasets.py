@@ -234,6 +234,27 @@ def test_a_prepared_set_that_is_no_image_classification(tmp_path):
     datasets.load("words", data_dir=tmp_path)
 
 
+def test_a_set_does_not_choose_what_is_imported(tmp_path, monkeypatch):
+  """TFDS imports the module of a feature that it does not know; ours are TFDS's own."""
+  import tensorflow_datasets as tfds
+
+  write_set(
+    tmp_path, "words", splits=("train",), features={"text": tfds.features.Text()}, example=lambda s, i: {"text": s}
+  )
+  (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  (path,) = tmp_path.glob("words/*/features.json")
+  good = path.read_text()
+  path.write_text(good.replace("tensorflow_datasets.core.features.text_feature.Text", "stranger.Text"))
+  assert path.read_text() != good
+  with pytest.raises(ValueError, match=r"features\.json names the class 'stranger\.Text', which is not of TFDS"):
+    datasets.load("words", data_dir=tmp_path)
+  path.write_text(good[:-9])
+  with pytest.raises(ValueError, match=r"features\.json cannot be read .*; prepare the set again"):
+    datasets.load("words", data_dir=tmp_path)
+  assert not (tmp_path / "imported").exists()
+
+
 @pytest.fixture
 def small_shakespeare(tmp_path, monkeypatch):
   """Makes tiny_shakespeare a text of 1,003 characters, some of them of several bytes."""
