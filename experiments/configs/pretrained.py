@@ -29,7 +29,7 @@ ARCHITECTURES = {
   "mlp": {**NETWORK, "time_scales": TIME_SCALES, "hidden_sizes": (16, 16)},
   "lstm": {**NETWORK, "hidden_sizes": (16,)},
 }
-NUM_OUTER_STEPS = {"tensor_mlp": 1_500, "adafactor_mlp": 3_000, "mlp": 1_000, "lstm": 500}
+NUM_OUTER_STEPS = {"tensor_mlp": 1_500, "adafactor_mlp": 600, "mlp": 400, "lstm": 200}
 
 
 def get_config(choices: str = "") -> ml_collections.ConfigDict:

@@ -1,5 +1,7 @@
 """Learned directions against the formula written out in NumPy, and what practitioners rely on."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,6 +151,7 @@ def test_tensors_without_a_gradient_or_a_number_stay_where_they_are():
   trained = optimizer("tensor_mlp", zero_output=True)
   tx = trained(learning_rate=1.0)
   p = {"never": jnp.ones((2, 3)), "empty": jnp.zeros((0, 3)), "used": jnp.ones(3)}
+  updates: Any
   updates, state = tx.update({**p, "never": jnp.zeros((2, 3))}, tx.init(p), p)
   assert np.all(updates["never"] == 0)
   assert updates["empty"].shape == (0, 3)
