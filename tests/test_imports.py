@@ -14,12 +14,16 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
   ("base", "checks", "version", "runs.files"),
   ("configuration", "architectures", "tasks", "outer", "runs", "evaluation.measures"),
-  ("inner_training", "evaluation.baselines", "evaluation.comparison", "runs.trained", "runs.cache"),
+  ("inner_training", "evaluation.baselines", "runs.trained", "runs.cache"),
   ("outer.meta_training",),
+  ("experiment",),
+  ("evaluation.inner_runs",),
+  ("evaluation.comparison",),
   ("evaluation.held_out",),
   ("evaluation",),
   ("evaluation.report",),
   ("evaluation.report_page",),
+  ("running", "evaluation.evaluate"),
   ("",),  # lopt/__init__.py
 )
 DEVICES = {"pmap", "devices", "local_devices", "device_count", "local_device_count"}
