@@ -252,3 +252,29 @@ def test_fine_tuning(tmp_path):
   mine, theirs = lopt.load(path), lopt.load("tensor_mlp")
   assert mine.config == theirs.config
   assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (mine.theta, theirs.theta)), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_leaves_that_are_not_real_floats_are_refused_by_name(name):
+  tx = lopt.load(name)(num_steps=STEPS)
+  params = {"w": jnp.ones(3)}
+  state = tx.init(params)
+  for leaf, dtype in ((jnp.arange(3), "int32"), (jnp.ones(3, complex), "complex64")):
+    with pytest.raises(TypeError, match=re.escape(f"parameters['b'] is {dtype}")):
+      tx.init({**params, "b": leaf})
+  float0: Any = np.zeros(3, jax.dtypes.float0)
+  with pytest.raises(TypeError, match=re.escape("gradients['w'] is")):
+    tx.update({"w": float0}, state, params, value=jnp.float32(1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_python_floats_are_updated_as_scalars(name):
+  tx = lopt.load(name)(num_steps=STEPS)
+
+  def step(g: Any, p: Any) -> np.ndarray:
+    updates: Any = tx.update({"w": g}, tx.init({"w": p}), {"w": p}, value=jnp.float32(1))[0]
+    return np.asarray(updates["w"])
+
+  of_floats = step(0.3, 2.0)
+  np.testing.assert_allclose(of_floats, step(jnp.float32(0.3), jnp.float32(2.0)), rtol=1e-6)
+  assert of_floats != 0

@@ -32,7 +32,7 @@ import optax
 import safetensors
 import safetensors.numpy
 
-from lopt import configuration
+from lopt import checks, configuration
 from lopt.base import LearnedOptimizer, PyTree, Theta
 from lopt.outer import meta_parameters
 from lopt.runs.files import write_atomically
@@ -139,17 +139,23 @@ _NO_DIRECTION = (
 
 def _in_float32(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
   def cast(tree: PyTree) -> PyTree:
-    return optax.tree.cast(tree, jnp.float32)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
 
   def update(
     updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
   ) -> tuple[PyTree, PyTree]:
+    checks.real_floating("gradients", updates)
+    checks.real_floating("parameters", params)
     steps, state = tx.update(cast(updates), state, cast(params), **extra_args)
     return jax.tree.map(
-      lambda step, like: step.astype(like.dtype), steps, updates if params is None else params
+      lambda step, like: step.astype(jnp.result_type(like)), steps, updates if params is None else params
     ), state
 
-  return optax.GradientTransformationExtraArgs(lambda params: tx.init(cast(params)), update)
+  def init(params: PyTree) -> PyTree:
+    checks.real_floating("parameters", params)
+    return tx.init(cast(params))
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def export(
