@@ -35,6 +35,7 @@ import safetensors.numpy
 from lopt import configuration
 from lopt.base import LearnedOptimizer, PyTree, Theta
 from lopt.outer import meta_parameters
+from lopt.runs import drop_in
 from lopt.runs.files import write_atomically
 from lopt.version import __version__
 
@@ -103,7 +104,7 @@ class TrainedOptimizer(NamedTuple):
         raise ValueError(f"{'weight_decay' if learning_rate is None else 'learning_rate'}: {_NO_DIRECTION}")
       if num_steps is None:
         raise ValueError("num_steps: this optimizer needs the number of training steps: optimizer(num_steps=...)")
-      return _in_float32(self.architecture.transform(self.theta, num_steps))
+      return drop_in.wrap(self.architecture.transform, self.theta, num_steps, bounded=True)
     if learning_rate is None:
       if num_steps is None:
         raise ValueError("num_steps: give it, for the recommended learning rates, or a learning_rate")
@@ -122,7 +123,7 @@ class TrainedOptimizer(NamedTuple):
     """
     if self.architecture.direction is None:
       raise ValueError(f"direction: {_NO_DIRECTION}")
-    return _in_float32(self.architecture.direction(self.theta, num_steps))
+    return drop_in.wrap(self.architecture.direction, self.theta, num_steps, bounded=False)
 
   def schedule(self, num_steps: Any) -> optax.Schedule:
     """The recommended learning rate at each of `num_steps` steps: warm-up, then a cosine to zero."""
@@ -135,21 +136,6 @@ _NO_DIRECTION = (
   "this optimizer was trained to decide on the size of its steps, and takes neither learning rate nor weight decay; "
   "call it with num_steps=... alone, or load one with a direction"
 )
-
-
-def _in_float32(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-  def cast(tree: PyTree) -> PyTree:
-    return optax.tree.cast(tree, jnp.float32)
-
-  def update(
-    updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
-  ) -> tuple[PyTree, PyTree]:
-    steps, state = tx.update(cast(updates), state, cast(params), **extra_args)
-    return jax.tree.map(
-      lambda step, like: step.astype(like.dtype), steps, updates if params is None else params
-    ), state
-
-  return optax.GradientTransformationExtraArgs(lambda params: tx.init(cast(params)), update)
 
 
 def export(
