@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
-from lopt.architectures import summaries
+from lopt.architectures import sharding, summaries
 
 TIME_SCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)  # inner steps
 
@@ -168,10 +168,12 @@ def build(
     def init_fn(params):
       return AdafactorMLPState(
         count=jnp.zeros((), jnp.int32),
-        momenta=jax.tree.map(lambda p: jnp.zeros((k, *p.shape), p.dtype), params),
-        second_moment=jax.tree.map(jnp.zeros_like, params),
+        momenta=jax.tree.map(lambda p: sharding.zeros_like(p, k), params),
+        second_moment=jax.tree.map(sharding.zeros_like, params),
         factored=jax.tree.map(
-          lambda p: tuple(jnp.zeros((k, *x.shape), x.dtype) for x in jax.eval_shape(summaries.mean_squares, p)),
+          lambda p: tuple(
+            sharding.zeros_like(p, k, averaged=axis) for axis in summaries.factored_axes(p.shape) or (None,)
+          ),
           params,
         ),
       )

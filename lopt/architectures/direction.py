@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
+from lopt.architectures import sharding
 
 BETAS = (0.9, 0.99)  # of Nesterov Adam
 SCALE_DECAY = 0.99
@@ -107,7 +108,9 @@ def _direction(
 
   def init_fn(params):
     rms = jax.tree.map(lambda p: jnp.zeros((), jnp.float32), params)
-    return DirectionState(jnp.zeros((), jnp.int32), rms, adam.init(params), network.init(params))
+    mu, nu = (jax.tree.map(sharding.zeros_like, params) for _ in range(2))
+    moments = optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
+    return DirectionState(jnp.zeros((), jnp.int32), rms, moments, network.init(params))
 
   def update_fn(updates, state, params=None, **extra_args):
     count = state.count + 1
@@ -140,7 +143,8 @@ def _direction(
 def orthogonalise(x: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
   """The matrix with its singular values replaced by some between 0.7 and 1.2, by Newton-Schulz steps.
 
-  From X / ‖X‖, five times X ← a X + (b X Xᵀ + c (X Xᵀ)²) X; a zero matrix stays zero.
+  From X / ‖X‖, five times X ← a X + (b X Xᵀ + c (X Xᵀ)²) X; a zero matrix stays zero. Of parameters spread over
+  devices, a device may have to hold a whole matrix, one at a time: there alone they are gathered.
   """
   if 0 in x.shape:
     return x

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lopt.architectures import sharding
+
 
 class LinearWeights(hk.Module):
   """The parameters of an `hk.Linear`, for products in a layout that `hk.Linear` does not have."""
@@ -22,12 +24,12 @@ class LinearWeights(hk.Module):
 
 
 def mlp(
-  features: tuple[Float[Array, "_ n"], ...] | Float[Array, "features n"],
+  features: tuple[Float[Array, "_ *n"], ...] | Float[Array, "features *n"],
   rms: Float[Array, " features"],
   shared: Float[Array, " shared"],
   sizes: tuple[int, ...],
   zero_output: bool = False,
-) -> Float[Array, "outputs n"]:
+) -> Float[Array, "outputs *n"]:
   """An MLP on each of the n parameters of a tensor: ReLU between the modules `layer_0`, `layer_1`, ...
 
   Its inputs are a parameter's own features, divided by their root mean squares, and those that all parameters of
@@ -47,19 +49,20 @@ def mlp(
   for i, fans in enumerate(itertools.pairwise(sizes), start=1):
     weights.append(LinearWeights(f"layer_{i}")(*fans, jnp.zeros if zero_output and i == len(sizes) - 1 else None))
 
-  def network(*features: Float[Array, "_ n"]) -> Float[Array, "outputs n"]:
+  def network(*features: Float[Array, "_ *n"]) -> Float[Array, "outputs *n"]:
     h = jnp.concatenate(features)
     for i, (w, b) in enumerate(weights):
-      h = product(w, jax.nn.relu(h) if i else h) + b[:, None]
+      h = product(w, jax.nn.relu(h) if i else h)
+      h += b.reshape(-1, *[1] * (h.ndim - 1))
     return h
 
   return by_blocks(network, *(features if isinstance(features, tuple) else (features,)))
 
 
-def product(w: Float[Array, "inputs outputs"], x: Float[Array, "inputs n"]) -> Float[Array, "outputs n"]:
+def product(w: Float[Array, "inputs outputs"], x: Float[Array, "inputs *n"]) -> Float[Array, "outputs *n"]:
   """wᵀ x. Of a few columns as one fused loop: for many particles at once it would be a library call for each."""
-  if x.shape[1] > FEW_COLUMNS:
-    return w.T @ x
+  if x.ndim != 2 or x.shape[1] > FEW_COLUMNS:
+    return jnp.tensordot(w, x, (0, 0))
   return jnp.sum(x.T[:, :, None] * w[None], axis=1).T
 
 
@@ -71,13 +74,24 @@ SMALL_BLOCK, LARGE_BLOCK, LARGE_TENSOR = 1_024, 32_768, 2**18
 
 
 def by_blocks(
-  function: Callable[..., Float[Array, "outputs n"]], *features: Float[Array, "_ n"]
-) -> Float[Array, "outputs n"]:
+  function: Callable[..., Float[Array, "outputs *n"]], *features: Float[Array, "_ *n"]
+) -> Float[Array, "outputs *n"]:
   """`function(*features)`, whose columns do not depend on each other, a block of columns at a time.
 
   What it computes on the way then stays in the caches, where for a tensor of 10⁵ parameters it would not. The last
-  block begins early enough to be a whole one.
+  block begins early enough to be a whole one. Tensors that may have parts on several devices are not cut into blocks:
+  each device would need all of them.
   """
+  if sharding.may_be_divided():
+    return function(*features)
+  shape = features[0].shape[1:]
+  outputs = _by_blocks(function, *(x.reshape(len(x), -1) for x in features))
+  return outputs.reshape(len(outputs), *shape)
+
+
+def _by_blocks(
+  function: Callable[..., Float[Array, "outputs n"]], *features: Float[Array, "_ n"]
+) -> Float[Array, "outputs n"]:
   number = features[0].shape[1]
   size = SMALL_BLOCK if number < LARGE_TENSOR else LARGE_BLOCK
   if number <= 2 * size:

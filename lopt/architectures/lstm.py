@@ -10,16 +10,15 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from lopt import base
-from lopt.architectures import layers
+from lopt.architectures import layers, sharding
 
 LSTMStates = tuple[hk.LSTMState, ...]
 
 
-def log_and_sign(gradient: Float[Array, " n"], p: float) -> Float[Array, "2 n"]:
+def log_and_sign(gradient: Float[Array, "*n"], p: float) -> Float[Array, "2 *n"]:
   """Gradients of every order of magnitude as two inputs of order one (appendix A of the paper).
 
   (log|g| / p, sgn g) where |g| ≥ exp(-p), else (-1, exp(p) g).
@@ -31,7 +30,7 @@ def log_and_sign(gradient: Float[Array, " n"], p: float) -> Float[Array, "2 n"]:
 
 
 class LSTM(hk.Module):
-  """`hk.LSTM` with features first and parameters last, [units, n], and the same weights; twice as fast.
+  """`hk.LSTM` with features first and parameters last, [units, *n], and the same weights; twice as fast.
 
   The sigmoid gates are ½ + ½ tanh(x/2), with the half in the weights: one function for all four.
   """
@@ -41,12 +40,13 @@ class LSTM(hk.Module):
     self.units = units
 
   def __call__(
-    self, inputs: Float[Array, "features n"], state: hk.LSTMState
-  ) -> tuple[Float[Array, "units n"], hk.LSTMState]:
+    self, inputs: Float[Array, "features *n"], state: hk.LSTMState
+  ) -> tuple[Float[Array, "units *n"], hk.LSTMState]:
     w, b = layers.LinearWeights("linear")(len(inputs) + self.units, 4 * self.units)
     halves = jnp.repeat(jnp.array([0.5, 1.0, 0.5, 0.5]), self.units)
     bias = halves * (b + jnp.repeat(jnp.array([0.0, 0.0, 1.0, 0.0]), self.units))  # of 1: remember at first
-    gates = jnp.tanh((w * halves[None]).T @ jnp.concatenate([inputs, state.hidden]) + bias[:, None])
+    gates = layers.product(w * halves[None], jnp.concatenate([inputs, state.hidden]))
+    gates = jnp.tanh(gates + bias.reshape(-1, *[1] * (gates.ndim - 1)))
     i, g, f, o = jnp.split(gates, 4)
     cell = 0.5 * ((1 + f) * state.cell + (1 + i) * g)
     hidden = 0.5 * (1 + o) * jnp.tanh(cell)
@@ -78,33 +78,35 @@ def build(
   if not p > 0:
     raise ValueError(f"p: must be above 0, not {p}")
 
-  def network(gradient: Float[Array, " n"], states: LSTMStates) -> tuple[Float[Array, " n"], LSTMStates]:
+  def network(gradient: Float[Array, "*n"], states: LSTMStates) -> tuple[Float[Array, "*n"], LSTMStates]:
     hidden, new = log_and_sign(gradient, p), []
     for size, state in zip(hidden_sizes, states, strict=True):
       hidden, state = LSTM(size)(hidden, state)
       new.append(state)
     w, b = layers.LinearWeights("linear")(hidden_sizes[-1], 1, jnp.zeros if zero_output else None)
-    return w[:, 0] @ hidden + b, tuple(new)
+    return jnp.tensordot(w[:, 0], hidden, 1) + b.reshape([1] * (hidden.ndim - 1)), tuple(new)
 
   net = hk.without_apply_rng(hk.transform(network))
 
-  def start(n: int) -> LSTMStates:
-    return tuple(hk.LSTMState(jnp.zeros((size, n)), jnp.zeros((size, n))) for size in hidden_sizes)
+  def start(p: Float[Array, "*n"]) -> LSTMStates:
+    return tuple(hk.LSTMState(sharding.zeros_like(p, size), sharding.zeros_like(p, size)) for size in hidden_sizes)
 
   def init(key: base.PRNGKey) -> base.Theta:
-    return net.init(key, jnp.zeros(1), start(1))
+    return net.init(key, jnp.zeros(1), start(jnp.zeros(1)))
 
   def transform(theta: base.Theta, num_steps: Any) -> optax.GradientTransformationExtraArgs:
     del num_steps
 
     def init_fn(params):
-      return start(sum(p.size for p in jax.tree.leaves(params)))
+      return jax.tree.map(start, params)
 
     def update_fn(updates, state, params=None, **extra_args):
       del params, extra_args
-      gradient, unravel = ravel_pytree(updates)
-      steps, state = net.apply(theta, gradient, state)
-      return unravel(step_multiplier * steps), state
+      gradients, structure = jax.tree.flatten(updates)
+      states = structure.flatten_up_to(state)
+      results = [net.apply(theta, g, s) for g, s in zip(gradients, states, strict=True)]
+      steps, states = ([result[i] for result in results] for i in range(2))
+      return structure.unflatten([step_multiplier * step for step in steps]), structure.unflatten(states)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

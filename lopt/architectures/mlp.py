@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Int
 
 from lopt import base
-from lopt.architectures import layers
+from lopt.architectures import layers, sharding
 
 MOMENTUM_DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
 TIME_SCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)  # inner steps
@@ -72,7 +72,7 @@ def build(
     gains = jnp.array([1 - beta for beta in MOMENTUM_DECAYS])  # in float32, 1 - 0.9999 is wrong in the fourth digit
 
     def init_fn(params):
-      momenta = jax.tree.map(lambda p: jnp.zeros((len(MOMENTUM_DECAYS), *p.shape), p.dtype), params)
+      momenta = jax.tree.map(lambda p: sharding.zeros_like(p, len(MOMENTUM_DECAYS)), params)
       return MLPState(jnp.zeros((), jnp.int32), momenta)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -86,10 +86,10 @@ def build(
         return decays.reshape(leading) * m + gains.reshape(leading) * g[None]
 
       def update(g, p, m):
-        features = (g.reshape(1, -1), p.reshape(1, -1), m.reshape(len(MOMENTUM_DECAYS), -1))
-        mean_squares = jnp.concatenate([jnp.mean(jnp.square(x), axis=1) for x in features])
+        features = (g[None], p[None], m)
+        mean_squares = jnp.concatenate([jnp.mean(jnp.square(x), axis=range(1, x.ndim)) for x in features])
         direction, magnitude = net.apply(theta, features, jnp.sqrt(mean_squares + epsilon), time)
-        return (-step_multiplier * direction * jnp.exp(exp_multiplier * magnitude)).reshape(p.shape)
+        return -step_multiplier * direction * jnp.exp(exp_multiplier * magnitude)
 
       momenta = jax.tree.map(accumulate, state.momenta, updates)
       return jax.tree.map(update, updates, params, momenta), MLPState(state.count + 1, momenta)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lopt import base
+from lopt.architectures import sharding
 
 MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
 SECOND_MOMENT_DECAY = 0.999
@@ -45,8 +46,8 @@ class LossHistory(NamedTuple):
 
 def no_moments(params: base.Params) -> Moments:
   """The moments before the first inner step."""
-  momenta = jax.tree.map(lambda p: jnp.zeros((len(MOMENTUM_DECAYS), *p.shape), p.dtype), params)
-  return Moments(momenta, jax.tree.map(jnp.zeros_like, params))
+  momenta = jax.tree.map(lambda p: sharding.zeros_like(p, len(MOMENTUM_DECAYS)), params)
+  return Moments(momenta, jax.tree.map(sharding.zeros_like, params))
 
 
 def accumulate(moments: Moments, gradients: base.Params) -> Moments:

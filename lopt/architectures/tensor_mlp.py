@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base
-from lopt.architectures import layers
+from lopt.architectures import layers, sharding
 
 MOMENTUM_DECAYS = (0.5, 0.9, 0.97, 0.99, 0.997)
 SECOND_DECAY = 0.99
@@ -83,8 +83,8 @@ def build(*, hidden_size: int = 8, step_multiplier: float = 1e-3, zero_output: b
     def init_fn(params):
       return TensorMLPState(
         jnp.zeros((), jnp.int32),
-        jax.tree.map(lambda p: jnp.zeros((len(MOMENTUM_DECAYS), *p.shape), p.dtype), params),
-        jax.tree.map(jnp.zeros_like, params),
+        jax.tree.map(lambda p: sharding.zeros_like(p, len(MOMENTUM_DECAYS)), params),
+        jax.tree.map(sharding.zeros_like, params),
         jax.tree.map(lambda p: jnp.zeros((), p.dtype), params),
       )
 

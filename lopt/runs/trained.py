@@ -32,9 +32,10 @@ import optax
 import safetensors
 import safetensors.numpy
 
-from lopt import checks, configuration
+from lopt import configuration
 from lopt.base import LearnedOptimizer, PyTree, Theta
 from lopt.outer import meta_parameters
+from lopt.runs import drop_in
 from lopt.runs.files import write_atomically
 from lopt.version import __version__
 
@@ -103,7 +104,7 @@ class TrainedOptimizer(NamedTuple):
         raise ValueError(f"{'weight_decay' if learning_rate is None else 'learning_rate'}: {_NO_DIRECTION}")
       if num_steps is None:
         raise ValueError("num_steps: this optimizer needs the number of training steps: optimizer(num_steps=...)")
-      return _in_float32(self.architecture.transform(self.theta, num_steps))
+      return drop_in.wrap(self.architecture.transform, self.theta, num_steps, bounded=True)
     if learning_rate is None:
       if num_steps is None:
         raise ValueError("num_steps: give it, for the recommended learning rates, or a learning_rate")
@@ -122,7 +123,7 @@ class TrainedOptimizer(NamedTuple):
     """
     if self.architecture.direction is None:
       raise ValueError(f"direction: {_NO_DIRECTION}")
-    return _in_float32(self.architecture.direction(self.theta, num_steps))
+    return drop_in.wrap(self.architecture.direction, self.theta, num_steps, bounded=False)
 
   def schedule(self, num_steps: Any) -> optax.Schedule:
     """The recommended learning rate at each of `num_steps` steps: warm-up, then a cosine to zero."""
@@ -135,27 +136,6 @@ _NO_DIRECTION = (
   "this optimizer was trained to decide on the size of its steps, and takes neither learning rate nor weight decay; "
   "call it with num_steps=... alone, or load one with a direction"
 )
-
-
-def _in_float32(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-  def cast(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
-
-  def update(
-    updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
-  ) -> tuple[PyTree, PyTree]:
-    checks.real_floating("gradients", updates)
-    checks.real_floating("parameters", params)
-    steps, state = tx.update(cast(updates), state, cast(params), **extra_args)
-    return jax.tree.map(
-      lambda step, like: step.astype(jnp.result_type(like)), steps, updates if params is None else params
-    ), state
-
-  def init(params: PyTree) -> PyTree:
-    checks.real_floating("parameters", params)
-    return tx.init(cast(params))
-
-  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def export(
