@@ -4,8 +4,9 @@ PYTHON ?= python3
 CONFIG ?= experiments/configs/digits.py
 WORKDIR ?= runs/digits
 SCALE ?= quick
-NAME ?= mlp
+NAME ?= tensor_mlp
 SUITE ?= fresh,data,size,horizon,architecture,loss
+BASELINES ?= adamw,muon
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE := --universal --fork-strategy fewest --python-version 3.11
@@ -19,13 +20,13 @@ help:  ## this list
 meta-train: .venv/runtime  ## meta-train an optimizer on digits (or CONFIG=..., WORKDIR=...); resumes if interrupted
 	$(BIN)/python experiments/meta_train.py --config=$(CONFIG) --workdir=$(WORKDIR)
 
-reproduce-pretrained: .venv/runtime  ## train again what comes with lopt: NAME=mlp, adafactor_mlp or lstm
+reproduce-pretrained: .venv/runtime  ## train again what comes with lopt: NAME=tensor_mlp or adafactor_mlp
 	$(BIN)/python experiments/meta_train.py --config=experiments/configs/pretrained.py:architecture=$(NAME) \
 	  --workdir=runs/pretrained/$(NAME)
 
 report: .venv/runtime  ## compare what comes with lopt with tuned baselines on held-out suites, into runs/report/report.html
-	$(BIN)/python experiments/evaluate.py --optimizer=adafactor_mlp,mlp,lstm --suite=$(SUITE) \
-	  --baselines=adamw,nadamw,muon,sgdm,schedule_free_adamw,lion,adafactor,prodigy --output=runs/report
+	$(BIN)/python experiments/evaluate.py --optimizer=tensor_mlp,adafactor_mlp --suite=$(SUITE) \
+	  --baselines=$(BASELINES) --output=runs/report
 
 evaluate: .venv/runtime  ## compare the optimizer trained in WORKDIR with tuned baselines on held-out tasks
 	$(BIN)/python experiments/evaluate.py --optimizer=$(WORKDIR)
