@@ -7,8 +7,8 @@ or of those of another configuration, as with `--config=experiments/configs/mnis
 
     python experiments/evaluate.py --optimizer=runs/mixture --suite=architecture,horizon
 
-Suites are in experiments/suites.py; `--suite=all` is all of them. Writes report.html, report.json and summary.png to
-`--output`, which is the folder `evaluation` beside the optimizer unless told otherwise.
+Suites are in lopt/evaluation/suites.py; `--suite=all` is all of them. Writes report.html, report.json and summary.png
+to `--output`, which is the folder `evaluation` beside the optimizer unless told otherwise.
 
 Baselines are tuned for each task, with learning rates that are warmed up and decay to zero as those of learned
 directions do; AdamW is always there. Learned directions are tuned likewise, and their θ = 0 too, which shows what was
@@ -16,20 +16,27 @@ learned. All runs are kept in `--cache`, so that another optimizer on the same t
 """
 
 import datetime
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Collection
-from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
 from absl import app, flags, logging
 
-from lopt import base, configuration
-from lopt.evaluation import baselines, comparison, held_out, inner_runs, report, report_page, timing
+from lopt import configuration
+from lopt.evaluation import (
+  baselines,
+  comparison,
+  evaluate,
+  held_out,
+  inner_runs,
+  report,
+  report_page,
+  suites,
+  timing,
+)
+from lopt.evaluation.suites import Member
 from lopt.outer import parallel
 from lopt.runs import interruption, lock, tracking, trained
 
@@ -53,13 +60,6 @@ BEYOND = 5
 """How many times as long the runs are that show what becomes of an optimizer beyond its training horizon."""
 
 
-class Member(NamedTuple):
-  """Tasks to compare on."""
-
-  family: base.TaskFamily
-  options: dict[str, Any]  # of `evaluation.compare`
-
-
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise configuration.ConfigError(f"unexpected argument: {argv[1]}")
@@ -71,16 +71,16 @@ def main(argv: list[str]) -> None:
   names = [_name(path) for path in paths]
   if len(set(names)) < len(names):
     raise configuration.ConfigError(f"--optimizer: two would have the same name in tables: {', '.join(names)}")
-  chosen = chosen_baselines(BASELINES.value)
+  chosen = _baselines()
   optimizers = {name: trained.load(path, modules=MODULES.value) for name, path in zip(names, paths, strict=True)}
   folder = Path(OUTPUT.value) if OUTPUT.value else _folder(paths[0]) / "evaluation"
   lock.check(folder)
   # All are built before the first runs, so that a missing data set is known at once.
-  suites = held_out_suites(SUITE.value) if SUITE.value else own_tasks(optimizers[names[0]], paths[0])
+  chosen_suites = held_out_suites(SUITE.value) if SUITE.value else own_tasks(optimizers[names[0]], paths[0])
   about = facts(optimizers)
   pairs = {name: (x.architecture, x.theta) for name, x in optimizers.items()}
   with lock.hold(folder):
-    compared = {suite: compare(suite, members, pairs, chosen) for suite, members in suites.items()}
+    compared = {suite: compare(suite, members, pairs, chosen) for suite, members in chosen_suites.items()}
     path = report_page.write(compared, folder, about)
     track(compared, folder, about)
   everything = {f"{suite}: {name}": c for suite, members in compared.items() for name, c in members.items()}
@@ -90,40 +90,17 @@ def main(argv: list[str]) -> None:
   print(f"The page is {path}.")
 
 
-def chosen_baselines(names: list[str]) -> list[str]:
-  """The baselines that `--baselines` names by their functions, as they are called in tables."""
-  there = {make.__name__: title for title, make in baselines.ALL.items()}
-  if names == ["all"]:
-    return list(baselines.ALL)
-  if unknown := [name for name in names if name not in there]:
-    raise configuration.ConfigError(f"--baselines: no {unknown[0]!r}; there are: {', '.join(there)}, all")
-  return [there[name] for name in names]
-
-
 def held_out_suites(names: list[str]) -> dict[str, dict[str, Member]]:
   """The suites that `--suite` names."""
   if CONFIG.value:
     raise configuration.ConfigError("--suite: brings its own tasks; leave --config out")
-  content = configuration.plain(configuration.load(Path(__file__).with_name("suites.py")).get_config())
-  there = content["suites"]
-  names = list(there) if names == ["all"] else names
-  if unknown := [name for name in names if name not in there]:
-    raise configuration.ConfigError(f"--suite: no {unknown[0]!r}; there are: {', '.join(there)}, all")
-
-  everywhere = content["evaluation"]
-
-  def member(section: dict[str, Any], where: str, seed: int) -> Member:
-    section = dict(section)
-    own = {name: section.pop(name) for name in ("num_steps", "num_tasks") if name in section}
-    options = {**everywhere, **own, "seed": seed}
-    return Member(configuration.build("tasks", section, where=where), options)
-
+  built = {name: suites.build(name) for name in (suites.ALL if names == ["all"] else names)}
   return {
     suite: {
-      name: member(there[suite][name], f"suites.{suite}.{name}", own)
-      for name, own in seeds(everywhere, there[suite]).items()
+      name: Member(members[name].family, {**members[name].options, "seed": seed})
+      for name, seed in seeds(suites.DEFAULTS, members).items()
     }
-    for suite in names
+    for suite, members in built.items()
   }
 
 
@@ -177,20 +154,8 @@ def compare(
 
 def facts(optimizers: dict[str, trained.TrainedOptimizer]) -> report_page.About:
   """What one has to know to repeat this."""
-  horizons = {name: x.config.get("horizon", {}).get("maximum") for name, x in optimizers.items()}
-  versions = [f"{package} {metadata.version(package)}" for package in ("jax", "jaxlib", "optax", "numpy")]
-  device = jnp.zeros(()).device
-  return report_page.About(
-    facts={
-      "command": shlex.join(["python", *sys.argv]),
-      "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-      "machine": f"{_processor()}, {os.cpu_count()} cores; {platform.system()} {platform.machine()}",
-      "device": f"{getattr(device, 'platform', '')} ({getattr(device, 'device_kind', '')})",
-      "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
-    },
-    horizons={name: steps for name, steps in horizons.items() if isinstance(steps, int)},
-    configurations={name: x.config for name, x in optimizers.items()},
-  )
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+  return evaluate.about(optimizers, {"command": shlex.join(["python", *sys.argv]), "date": now})
 
 
 def track(compared: dict[str, dict[str, comparison.Comparison]], folder: Path, about: report_page.About) -> None:
@@ -212,12 +177,11 @@ def track(compared: dict[str, dict[str, comparison.Comparison]], folder: Path, a
   tracker.finish()
 
 
-def _processor() -> str:
-  """Its name where the system tells it."""
-  cpuinfo = Path("/proc/cpuinfo")
-  lines = cpuinfo.read_text("utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
-  names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-  return names[0] if names else platform.processor() or "unknown processor"
+def _baselines() -> list[str]:
+  try:
+    return baselines.named(BASELINES.value)
+  except ValueError as error:
+    raise configuration.ConfigError(f"--{error}") from error
 
 
 def _folder(optimizer: str) -> Path:

@@ -1,6 +1,25 @@
 """Meta-train learned optimizers with Persistent Evolution Strategies."""
 
+from typing import TYPE_CHECKING, Any
+
 from lopt.runs.trained import load
 from lopt.version import __version__
 
-__all__ = ["__version__", "load"]
+if TYPE_CHECKING:
+  from lopt.evaluation.evaluate import evaluate
+  from lopt.running import meta_train
+
+__all__ = ["__version__", "evaluate", "load", "meta_train"]
+
+
+def __getattr__(name: str) -> Any:
+  """What meta-trains and evaluates is imported when asked for: whoever only loads an optimizer need not wait."""
+  if name == "meta_train":
+    from lopt.running import meta_train
+
+    return meta_train
+  if name == "evaluate":
+    from lopt.evaluation.evaluate import evaluate
+
+    return evaluate
+  raise AttributeError(f"module 'lopt' has no attribute {name!r}")

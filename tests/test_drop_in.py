@@ -16,11 +16,12 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import lopt
-from lopt import configuration
+from lopt import base, configuration
+from lopt.architectures import direction
 from lopt.runs import trained
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("adafactor_mlp", "lstm", "mlp")
+NAMES = ("adafactor_mlp", "tensor_mlp")
 X = jnp.stack([jnp.linspace(-1.0, 1.0, 16) ** i for i in range(4)], axis=1)
 Y = jnp.sin(3 * X[:, 1])
 STEPS = 12
@@ -31,7 +32,7 @@ def test_these_come_with_lopt():
   for name in NAMES:
     assert lopt.load(name).config["estimator"]["name"] == "pes"
     assert (ROOT / "lopt" / "pretrained" / f"{name}.safetensors").stat().st_size < 100_000
-  with pytest.raises(trained.LoadError, match=re.escape("comes with lopt: adafactor_mlp, lstm, mlp")):
+  with pytest.raises(trained.LoadError, match=re.escape("comes with lopt: adafactor_mlp, tensor_mlp")):
     lopt.load("mpl")
 
 
@@ -39,9 +40,55 @@ def test_their_configurations_are_those_of_the_command_that_trains_them_again():
   pretrained = configuration.load(ROOT / "experiments" / "configs" / "pretrained.py")
   for name in NAMES:
     there, here = lopt.load(name).config, configuration.plain(pretrained.get_config(f"architecture={name}"))
-    there.pop("periodic_evaluation")  # which changes nothing
-    here.pop("periodic_evaluation")
+    for section in ("periodic_evaluation", "evaluation"):  # which change nothing in θ
+      there.pop(section)
+      here.pop(section)
     assert configuration.difference(there, here) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_a_learned_direction(name):
+  """The zero θ is the hand-made direction of the architecture alone; the file names its learning rate."""
+  optimizer = lopt.load(name)
+  assert optimizer.learning_rate == optimizer.config["architecture"]["direction"]["learning_rate"] > 0
+  nothing = base.LearnedOptimizer(
+    lambda key: {},
+    lambda theta, num_steps: optax.with_extra_args_support(
+      optax.stateless(lambda updates, params: optax.tree.zeros_like(updates))
+    ),
+  )
+  hand_made = direction.wrap(nothing, **optimizer.config["architecture"]["direction"]).direction
+  assert hand_made is not None
+  zero = optimizer._replace(theta=optax.tree.zeros_like(optimizer.theta))
+  params = start()
+  for scale in (1e-30, 1.0, 1e30):
+    one, other, learned = zero.direction(), hand_made({}, None), optimizer.direction()
+    states = [tx.init(params) for tx in (one, other, learned)]
+    for seed in range(3):
+      g = optax.tree.scale(scale, start(seed + 1))
+      u, states[0] = one.update(g, states[0], params)
+      expected, states[1] = other.update(g, states[1], params)
+      v, states[2] = learned.update(g, states[2], params)
+      jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), u, expected)
+      for leaf in jax.tree.leaves(v):
+        np.testing.assert_allclose(np.sqrt(np.mean(np.square(leaf))), 1.0, rtol=1e-5)
+  schedule = optax.cosine_decay_schedule(0.3, 10)
+  step, _ = optimizer(learning_rate=schedule).update(start(1), optimizer(learning_rate=1.0).init(params), params)
+  u, _ = optimizer.direction().update(start(1), optimizer.direction().init(params), params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -0.3 * b, rtol=1e-5, atol=1e-7), step, u)
+
+
+def test_a_file_from_before_directions_loads_and_says_that_it_takes_no_learning_rate():
+  """Format version 1, as lopt had written it; used with its number of steps."""
+  optimizer = lopt.load(ROOT / "tests" / "data" / "format_version_1.safetensors")
+  params = start()
+  tx = optimizer(num_steps=10)
+  updates, _ = tx.update(start(1), tx.init(params), params)
+  assert all(np.all(np.isfinite(x)) and np.any(x != 0) for x in jax.tree.leaves(updates))
+  with pytest.raises(
+    ValueError, match="learning_rate: this optimizer was trained to decide on the size of its steps"
+  ):
+    optimizer(learning_rate=0.1)
 
 
 @pytest.fixture(params=NAMES)
@@ -194,14 +241,40 @@ def example(name) -> Any:
 
 @pytest.mark.parametrize("name", ["haiku_loop", "flax_loop"])
 def test_training_loops(name):
-  losses = list(example(name).train("mlp", 60))
+  losses = list(example(name).train("tensor_mlp", 60))
   assert np.mean(losses[-5:]) < 0.5 * losses[0]
 
 
 def test_fine_tuning(tmp_path):
   path = tmp_path / "mine.safetensors"
-  before, after = example("fine_tune").fine_tune("mlp", path, 20)
+  before, after = example("fine_tune").fine_tune("tensor_mlp", path, 20)
   assert np.isfinite([before, after]).all()
-  mine, theirs = lopt.load(path), lopt.load("mlp")
+  mine, theirs = lopt.load(path), lopt.load("tensor_mlp")
   assert mine.config == theirs.config
   assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (mine.theta, theirs.theta)), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_leaves_that_are_not_real_floats_are_refused_by_name(name):
+  tx = lopt.load(name)(num_steps=STEPS)
+  params = {"w": jnp.ones(3)}
+  state = tx.init(params)
+  for leaf, dtype in ((jnp.arange(3), "int32"), (jnp.ones(3, complex), "complex64")):
+    with pytest.raises(TypeError, match=re.escape(f"parameters['b'] is {dtype}")):
+      tx.init({**params, "b": leaf})
+  float0: Any = np.zeros(3, jax.dtypes.float0)
+  with pytest.raises(TypeError, match=re.escape("gradients['w'] is")):
+    tx.update({"w": float0}, state, params, value=jnp.float32(1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_python_floats_are_updated_as_scalars(name):
+  tx = lopt.load(name)(num_steps=STEPS)
+
+  def step(g: Any, p: Any) -> np.ndarray:
+    updates: Any = tx.update({"w": g}, tx.init({"w": p}), {"w": p}, value=jnp.float32(1))[0]
+    return np.asarray(updates["w"])
+
+  of_floats = step(0.3, 2.0)
+  np.testing.assert_allclose(of_floats, step(jnp.float32(0.3), jnp.float32(2.0)), rtol=1e-6)
+  assert of_floats != 0

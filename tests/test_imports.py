@@ -14,16 +14,20 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
   ("base", "checks", "version", "runs.files"),
   ("configuration", "architectures", "tasks", "outer", "runs", "evaluation.measures"),
-  ("inner_training", "evaluation.baselines", "evaluation.comparison", "runs.trained", "runs.cache"),
+  ("inner_training", "evaluation.baselines", "runs.trained", "runs.drop_in", "runs.cache"),
   ("outer.meta_training",),
+  ("experiment",),
+  ("evaluation.inner_runs",),
+  ("evaluation.comparison",),
   ("evaluation.held_out",),
   ("evaluation",),
   ("evaluation.report",),
   ("evaluation.report_page",),
+  ("running", "evaluation.evaluate"),
   ("",),  # lopt/__init__.py
 )
 DEVICES = {"pmap", "devices", "local_devices", "device_count", "local_device_count"}
-MAY_USE_DEVICES = "outer.parallel"
+MAY_USE_DEVICES = ("outer.parallel", "architectures.sharding")
 
 
 def violations(root: Path) -> list[str]:
@@ -45,7 +49,7 @@ def violations(root: Path) -> list[str]:
       helper = same_package and other_layer == layer and other not in chosen
       if other_layer is not None and other_layer >= layer and not helper:
         found.append(f"{name} imports {other}")
-    if name != MAY_USE_DEVICES:
+    if name not in MAY_USE_DEVICES:
       found += [f"{name} uses {use}" for use in sorted(DEVICES & _uses_of_jax(tree))]
   return found
 

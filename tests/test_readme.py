@@ -5,13 +5,43 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lopt
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 
 
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.mark.slow
+def test_meta_training_from_python_runs(tmp_path):
+  [code] = [block for block in BLOCKS if "lopt.meta_train" in block]
+  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+  result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr
+  assert "| mine" in result.stdout
+  assert (tmp_path / "runs" / "mine" / "optimizer.safetensors").is_file()
+
+
+def test_one_line_of_an_optax_loop_changes():
+  [code] = [block for block in BLOCKS if "schedule" in block]
+  names: dict[str, Any] = {"lopt": lopt, "schedule": optax.cosine_decay_schedule(1e-2, 100)}
+  exec(code, names)
+  params = {"w": jnp.ones((3, 2))}
+  updates, _ = names["tx"].update(params, names["tx"].init(params), params)
+  assert np.any(updates["w"] != 0)
+
+
 def test_the_training_loop_runs(tmp_path):
-  [code] = re.findall(r"```python\n(.*?)```", README, re.S)
+  [code] = [block for block in BLOCKS if "load_digits" in block]
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
   result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
   assert result.returncode == 0, result.stderr

@@ -3,7 +3,7 @@
     python experiments/examples/fine_tune.py
 
 The tasks are to fit a sine of random frequency and phase with a small network. Writes runs/fine_tuned.safetensors.
-Meta-training from a configuration file, with checkpoints and a comparison, does so with `--config.initial=mlp`.
+Meta-training from a configuration file, with checkpoints and a comparison: `--config.initial=tensor_mlp`.
 """
 
 import sys
@@ -70,5 +70,5 @@ def fine_tune(optimizer: str, path: Path, outer_steps: int) -> tuple[float, floa
 if __name__ == "__main__":
   parallel.setup()
   written = Path("runs/fine_tuned.safetensors")
-  before, after = fine_tune(*sys.argv[1:] or ["mlp"], path=written, outer_steps=300)
+  before, after = fine_tune(*sys.argv[1:] or ["tensor_mlp"], path=written, outer_steps=300)
   print(f"mean training loss on held-out tasks: {before:.3f} before, {after:.3f} after; {written}")

@@ -49,5 +49,5 @@ def train(optimizer: str, num_steps: int) -> Iterator[float]:
 
 
 if __name__ == "__main__":
-  losses = list(train(*sys.argv[1:] or ["mlp"], num_steps=500))
+  losses = list(train(*sys.argv[1:] or ["tensor_mlp"], num_steps=500))
   print(f"training loss: {losses[0]:.3f} at first, {losses[-1]:.3f} after {len(losses)} steps")

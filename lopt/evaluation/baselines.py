@@ -7,7 +7,7 @@ function that hands an Optax optimizer to `from_learning_rate`, and a line in `A
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +131,21 @@ ALL: dict[str, Callable[[], LearnedOptimizer]] = {
   "Prodigy": prodigy,
 }
 """By their names in tables and legends. On command lines they are called as their functions are."""
+
+
+def named(functions: Collection[str]) -> list[str]:
+  """The names in tables of these functions; "all" stands for all of them.
+
+  Raises:
+    ValueError: There is no such function.
+  """
+  there = {make.__name__: title for title, make in ALL.items()}
+  if list(functions) == ["all"]:
+    return list(ALL)
+  if unknown := [name for name in functions if name not in there]:
+    raise ValueError(f"baselines: no {unknown[0]!r}; there are: {', '.join(there)}, all")
+  return [there[name] for name in functions]
+
 
 UNITS: dict[str, float] = {"SGDM": 10.0, "Lion": 0.1, "Prodigy": 100.0}
 """Of their learning rates, where it is not 1: so that the best of most tasks is well within the grid."""

@@ -1,0 +1,162 @@
+"""Evaluation from Python: optimizers of any kind beside tuned baselines on tasks that they never saw."""
+
+import os
+import platform
+from collections.abc import Callable, Collection, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+
+from lopt import base, configuration
+from lopt.evaluation import baselines as hand_designed
+from lopt.evaluation import comparison, held_out, inner_runs, pictures, report, report_page, suites, tables
+from lopt.evaluation.comparison import Comparison
+from lopt.runs.trained import TrainedOptimizer
+
+Families = base.TaskFamily | Collection[base.TaskFamily] | Mapping[str, base.TaskFamily] | str
+
+
+class Result(NamedTuple):
+  """What a comparison found; its measures are those of `comparison.Measures`."""
+
+  comparisons: dict[str, Comparison]
+  """By family."""
+  about: report_page.About
+
+  def table(self) -> str:
+    """Markdown: final losses, speed-ups over tuned baselines, shares of tasks and runs that went badly."""
+    return report.table_of_all(self.comparisons)
+
+  def plot(self) -> Figure:
+    """Speed-ups by family, with their intervals and single tasks."""
+    first = next(iter(self.comparisons.values()))
+    return pictures.speed_ups({"": comparison.measure(self.comparisons)}, first)
+
+  def report(self, path: str | Path) -> Path:
+    """Writes the page `path`, a .html file or a folder, with all tables and curves; numbers and pictures are beside.
+
+    Raises:
+      OSError: It cannot be written.
+    """
+    path = Path(path)
+    folder = path.parent if path.suffix == ".html" else path
+    folder.mkdir(parents=True, exist_ok=True)
+    page = report_page.write({"held-out tasks": self.comparisons}, folder, self.about)
+    return page.rename(path) if path.suffix == ".html" else page
+
+  def records(self) -> list[dict[str, Any]]:
+    """One flat record for each family, task, optimizer and way of tuning."""
+    found = []
+    for family, rows in comparison.measure(self.comparisons).items():
+      for (optimizer, tuning), measures in rows.items():
+        for task, m in enumerate(measures):
+          record = {"family": family, "task": task, "optimizer": optimizer, "tuning": tuning}
+          record |= {"learning_rate": m.rate, "mean_loss": m.mean_loss, "final_loss": m.final_loss}
+          record |= {"test_loss": m.test_loss, **m.test_metrics, "diverged": m.diverged}
+          found.append(record | {f"speed_up_over_{tables.over(rival)}": x.value for rival, x in m.speed_up.items()})
+    return found
+
+  def to_dataframe(self) -> Any:
+    """`records` as a pandas DataFrame.
+
+    Raises:
+      ImportError: pandas is not installed, which lopt does not need itself.
+    """
+    try:
+      import pandas as pd  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+      raise ImportError("to_dataframe() needs pandas: pip install pandas; records() gives plain dicts") from error
+    return pd.DataFrame(self.records())
+
+
+def evaluate(
+  optimizers: Mapping[str, TrainedOptimizer | tuple[base.LearnedOptimizer, base.Theta]],
+  families: Families = "fresh",
+  *,
+  baselines: Collection[str] = ("adamw", "muon"),
+  num_tasks: int = 4,
+  num_seeds: int = 3,
+  num_steps: int = 200,
+  seed: int = 0,
+  cache_folder: str | Path | None = None,
+  progress: Callable[[str], None] | None = print,
+) -> Result:
+  """Trains held-out tasks with the optimizers and with baselines, all tuned alike for each task.
+
+      result = lopt.evaluate({"mine": run.optimizer, "shipped": lopt.load("tensor_mlp")}, [family])
+      print(result.table())
+
+  Args:
+    optimizers: By the names that they get in tables: what `lopt.load` gives, or an architecture and its θ.
+    families: One task family or several, with names or without; or the name of a suite of `lopt.evaluation.suites`.
+    baselines: Functions of `lopt/evaluation/baselines.py`; AdamW is always there.
+    num_tasks, num_seeds, num_steps: Tasks drawn of each family, runs of each task, and inner steps of each run.
+    seed: Which tasks and runs.
+    cache_folder: Where runs are kept for the next time; None: nowhere.
+    progress: Is told what is about to run; None for silence.
+
+  Raises:
+    ValueError: An unknown baseline or suite, no optimizer, or what `held_out.compare` says; before any run.
+  """
+  if not optimizers:
+    raise ValueError('optimizers: names none; such as {"shipped": lopt.load("tensor_mlp")}')
+  chosen = hand_designed.named(baselines)
+  pairs = {
+    name: (x.architecture, x.theta) if isinstance(x, TrainedOptimizer) else x for name, x in optimizers.items()
+  }
+  built = _named(families)
+  seeds = inner_runs.seeds_of_families(seed, built)
+  compared = {}
+  for name, family in built.items():
+    compared[name] = held_out.compare(
+      family,
+      pairs,
+      num_tasks=num_tasks,
+      num_seeds=num_seeds,
+      num_steps=num_steps,
+      seed=seeds[name],
+      baseline_names=chosen,
+      cache_folder=cache_folder,
+      progress=None if progress is None else lambda stage, name=name: progress(f"{name}: {stage}"),
+    )
+  return Result(compared, about(optimizers, {"function": "lopt.evaluate", "seed": str(seed)}))
+
+
+def _named(families: Families) -> dict[str, base.TaskFamily]:
+  if isinstance(families, str):
+    return {name: member.family for name, member in suites.build(families).items()}
+  if isinstance(families, base.TaskFamily):
+    return {"tasks": families}
+  if isinstance(families, Mapping):
+    return {str(name): family for name, family in families.items()}
+  listed = list(families)
+  return {f"tasks {i + 1}" if len(listed) > 1 else "tasks": family for i, family in enumerate(listed)}
+
+
+def about(optimizers: Mapping[str, Any], facts: Mapping[str, str]) -> report_page.About:
+  """What one has to know to repeat a comparison: these facts, the machine, versions, and how optimizers were made."""
+  configurations = {name: x.config for name, x in optimizers.items() if isinstance(x, TrainedOptimizer)}
+  horizons = {name: config.get("horizon", {}).get("maximum") for name, config in configurations.items()}
+  versions = [f"{package} {metadata.version(package)}" for package in ("jax", "jaxlib", "optax", "numpy")]
+  device = jnp.zeros(()).device
+  return report_page.About(
+    facts={
+      **facts,
+      "machine": f"{_processor()}, {os.cpu_count()} cores; {platform.system()} {platform.machine()}",
+      "device": f"{getattr(device, 'platform', '')} ({getattr(device, 'device_kind', '')})",
+      "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
+    },
+    horizons={name: steps for name, steps in horizons.items() if isinstance(steps, int)},
+    configurations={name: configuration.plain(config) for name, config in configurations.items()},
+  )
+
+
+def _processor() -> str:
+  """Its name where the system tells it."""
+  cpuinfo = Path("/proc/cpuinfo")
+  lines = cpuinfo.read_text("utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
+  names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+  return names[0] if names else platform.processor() or "unknown processor"
