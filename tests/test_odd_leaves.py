@@ -28,9 +28,12 @@ def tx():
   return build("mlp", direction={})
 
 
-@pytest.mark.parametrize(("leaf", "kind"), [(7, "int"), (True, "bool"), (1j, "complex")])
-def test_other_python_numbers_are_refused_by_name_in_one_line(tx, leaf, kind):
-  with pytest.raises(TypeError, match=rf"^parameters\['net'\]\['odd'\] is {kind}.*optax\.masked") as error:
+@pytest.mark.parametrize(
+  ("leaf", "kind"),
+  [(7, "int32"), (True, "bool"), (1j, "complex64"), (jnp.zeros(2, jnp.int32), "int32"), ("relu", "str")],
+)
+def test_other_leaves_are_refused_by_name_in_one_line(tx, leaf, kind):
+  with pytest.raises(ValueError, match=rf"^parameters: the leaf net/odd is {kind}, .*optax\.masked") as error:
     tx.init({"net": {"w": jnp.ones(3), "odd": leaf}})
   assert "\n" not in str(error.value)
 

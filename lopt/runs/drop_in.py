@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lopt import checks
 from lopt.architectures import sharding
 from lopt.base import PyTree, Theta
 
@@ -66,13 +65,28 @@ def wrap(
 
 
 def _prepared(tree: PyTree, what: str) -> PyTree:
-  """The tree with leaves in float32, Python floats as arrays, and None for arrays without elements.
+  """The tree with leaves in float32, Python numbers as arrays, and None for arrays without elements.
 
   Raises:
-    TypeError: A leaf is not of real floating-point numbers; see `checks.real_floating`.
+    ValueError: A leaf is not of real floating-point numbers.
   """
-  checks.real_floating(what, tree)
-  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) if jnp.size(x) else None, tree)
+
+  def leaf(path: Any, x: Any) -> Array | None:
+    name = jax.tree_util.keystr(path, simple=True, separator="/") or "(the only one)"
+    dtype = getattr(x, "dtype", None)
+    if dtype is None and not isinstance(x, (bool, int, float, complex)):
+      kind = type(x).__name__
+    else:
+      dtype = jnp.result_type(type(x)) if dtype is None else dtype
+      if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.asarray(x, jnp.float32) if jnp.size(x) else None
+      kind = "float0, of a parameter that is no floating-point number" if dtype == jax.dtypes.float0 else str(dtype)
+    raise ValueError(
+      f"{what}: the leaf {name} is {kind}, and only real floating-point numbers can be trained; leave it out of the "
+      "tree, or wrap the optimizer in optax.masked"
+    )
+
+  return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 def _bounded(gradient: Array) -> Array:
