@@ -7,7 +7,7 @@ the same θ, bit for bit, as one that was not.
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class Run(NamedTuple):
 
 
 def meta_train(
-  families: base.TaskFamily | Mapping[str, base.TaskFamily] | Section,
+  families: base.TaskFamily | Sequence[base.TaskFamily] | Mapping[str, base.TaskFamily] | Section,
   architecture: base.LearnedOptimizer | Section | str = "tensor_mlp",
   *,
   workdir: str | Path,
@@ -54,7 +54,8 @@ def meta_train(
   there.
 
   Args:
-    families: Of the tasks: one, several by name (a mixture), or the section of a configuration.
+    families: Of the tasks: one; several (a mixture), with names or without; or the section of a configuration.
+      What is a function cannot be compared when a run goes on: give another family another work directory.
     architecture: A section such as `{"name": "mlp", "hidden_sizes": (16,)}`; a name alone, which is the learned
       direction of that architecture; or a LearnedOptimizer, whose file `lopt.load` reads with `architecture=` given.
     workdir: Where the run is kept, and continued from.
@@ -79,14 +80,19 @@ def meta_train(
   task: Any = families
   if isinstance(families, base.TaskFamily):
     task = {"family": (families, 1.0)}
-  elif all(isinstance(x, base.TaskFamily) for x in families.values()):
-    task = {name: (family, 1.0) for name, family in families.items()}
+  else:
+    if not families:
+      raise ValueError("families: names none; give a TaskFamily, several of them, or a section of a configuration")
+    named = families if isinstance(families, Mapping) else {f"family {i + 1}": x for i, x in enumerate(families)}
+    task = named
+    if all(isinstance(x, base.TaskFamily) for x in named.values()):
+      task = {name: (family, 1.0) for name, family in named.items()}
   built = configuration.call(
     experiment.build, {"architecture": architecture, "task": task, **settings}, where="config"
   )
   stored = {**configuration.defaults(experiment.build), **settings}
   stored["architecture"] = {"name": OWN} if isinstance(architecture, base.LearnedOptimizer) else architecture
-  stored["task"] = {"name": OWN, "families": sorted(task)} if task is not families else task
+  stored["task"] = {"name": OWN, "families": sorted(task)} if not isinstance(task.get("name"), str) else task
   workdir = Path(workdir)
   lock.check(workdir)
   with lock.hold(workdir):

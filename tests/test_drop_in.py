@@ -57,7 +57,8 @@ def test_each_is_a_learned_direction(name):
       optax.stateless(lambda updates, params: optax.tree.zeros_like(updates))
     ),
   )
-  hand_made = direction.wrap(nothing, **optimizer.config["architecture"]["direction"]).direction
+  section = optimizer.config["architecture"]["direction"]
+  hand_made = configuration.call(direction.wrap, section, nothing, where="direction").direction
   assert hand_made is not None
   zero = optimizer._replace(theta=optax.tree.zeros_like(optimizer.theta))
   params = start()

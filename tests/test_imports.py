@@ -27,7 +27,11 @@ LAYERS = (
   ("",),  # lopt/__init__.py
 )
 DEVICES = {"pmap", "devices", "local_devices", "device_count", "local_device_count"}
+<<<<<<< HEAD
 MAY_USE_DEVICES = ("outer.parallel", "architectures.sharding")
+=======
+MAY_USE_DEVICES = {"outer.parallel", "architectures.sharding"}
+>>>>>>> main
 
 
 def violations(root: Path) -> list[str]:

@@ -65,7 +65,8 @@ def test_meta_train_interrupt_go_on_evaluate(tmp_path):
   assert {"learned", "AdamW"} <= set(whole.comparisons["family"].roles)
   params = {"w": jnp.ones(3)}
   tx = cut.optimizer(learning_rate=optax.constant_schedule(0.1))
-  assert np.all(np.isfinite(tx.update(params, tx.init(params), params)[0]["w"]))
+  updates, _ = tx.update(params, tx.init(params), params)
+  assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(updates))
 
   result = lopt.evaluate(
     {"mine": whole.optimizer},
@@ -129,6 +130,12 @@ def test_a_setting_with_a_mistake_is_refused(tmp_path, settings, message):
     lopt.meta_train(regression(), workdir=tmp_path / "run", **settings)
 
 
+def test_no_family_is_refused(tmp_path):
+  for none in ([], {}):
+    with pytest.raises(ValueError, match="families: names none"):
+      lopt.meta_train(none, workdir=tmp_path / "run", **SMALL)
+
+
 def test_evaluation_of_nothing_or_with_what_is_not_there_is_refused():
   optimizer = trained.TrainedOptimizer({}, tensor_mlp.build(), {})
   with pytest.raises(ValueError, match="optimizers: names none"):
@@ -137,6 +144,8 @@ def test_evaluation_of_nothing_or_with_what_is_not_there_is_refused():
     lopt.evaluate({"mine": optimizer}, regression(), baselines=("adamm",))
   with pytest.raises(ValueError, match=r"suite: no 'fersh'; there are: fresh"):
     lopt.evaluate({"mine": optimizer}, "fersh")
+  with pytest.raises(ValueError, match="task family 'tasks': loss: must return"):
+    lopt.evaluate({"mine": optimizer}, regression(loss=lambda params, key, batch, task: jnp.zeros(())))
 
 
 def test_interruptions_are_keyboard_interrupts():

@@ -15,6 +15,7 @@ from lopt.evaluation import baselines as hand_designed
 from lopt.evaluation import comparison, held_out, inner_runs, pictures, report, report_page, suites, tables
 from lopt.evaluation.comparison import Comparison
 from lopt.runs.trained import TrainedOptimizer
+from lopt.tasks import contract
 
 Families = base.TaskFamily | Collection[base.TaskFamily] | Mapping[str, base.TaskFamily] | str
 
@@ -108,6 +109,8 @@ def evaluate(
     name: (x.architecture, x.theta) if isinstance(x, TrainedOptimizer) else x for name, x in optimizers.items()
   }
   built = _named(families)
+  for name, family in built.items():
+    contract.check(family, name)
   seeds = inner_runs.seeds_of_families(seed, built)
   compared = {}
   for name, family in built.items():
