@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
   ("base", "checks", "version", "runs.files"),
   ("configuration", "architectures", "tasks", "outer", "runs", "evaluation.measures"),
-  ("inner_training", "evaluation.baselines", "runs.trained", "runs.drop_in", "runs.cache"),
+  ("inner_training", "evaluation.baselines", "runs.trained", "runs.cache"),
   ("outer.meta_training",),
   ("experiment",),
   ("evaluation.inner_runs",),
@@ -27,11 +27,7 @@ LAYERS = (
   ("",),  # lopt/__init__.py
 )
 DEVICES = {"pmap", "devices", "local_devices", "device_count", "local_device_count"}
-<<<<<<< HEAD
-MAY_USE_DEVICES = ("outer.parallel", "architectures.sharding")
-=======
 MAY_USE_DEVICES = {"outer.parallel", "architectures.sharding"}
->>>>>>> main
 
 
 def violations(root: Path) -> list[str]:
