@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
   ("base", "checks", "version", "runs.files"),
   ("configuration", "architectures", "tasks", "outer", "runs", "evaluation.measures"),
-  ("inner_training", "evaluation.baselines", "runs.trained", "runs.cache"),
+  ("inner_training", "evaluation.baselines", "runs.trained", "runs.drop_in", "runs.cache"),
   ("outer.meta_training",),
   ("experiment",),
   ("evaluation.inner_runs",),

@@ -61,7 +61,13 @@ class TrainedOptimizer(NamedTuple):
   """A learned optimizer with its θ: `optimizer(num_steps=10_000)` is an Optax transformation.
 
   What comes of it is used as `tx.update(grads, state, params, value=loss)`, and computes in float32 whatever the
-  parameters' precision, which updates have.
+  parameters' precision, which updates have. Parameters may be spread over devices: updates are laid out as they are,
+  and states as the parameter that they belong to. Leaves of integers, of complex numbers and with gradients of
+  `float0` are refused by name; arrays without elements stay as they are.
+
+  A gradient with a NaN or an infinity makes the updates of its tensor NaN, with some architectures those of all, and
+  they stay so, as averages of gradients do. `optax.apply_if_finite(tx, 10)` skips such steps, up to ten in a row.
+  Finite gradients, as large or small as float32 has them, give finite updates.
   """
 
   theta: Theta
