@@ -66,7 +66,7 @@ def test_each_is_a_learned_direction(name):
     one, other, learned = zero.direction(), hand_made({}, None), optimizer.direction()
     states = [tx.init(params) for tx in (one, other, learned)]
     for seed in range(3):
-      g = optax.tree.scale(scale, start(seed + 1))
+      g = jax.tree.map(lambda x, scale=scale: scale * (x + 0.3), start(seed + 1))
       u, states[0] = one.update(g, states[0], params)
       expected, states[1] = other.update(g, states[1], params)
       v, states[2] = learned.update(g, states[2], params)
@@ -74,7 +74,8 @@ def test_each_is_a_learned_direction(name):
       for leaf in jax.tree.leaves(v):
         np.testing.assert_allclose(np.sqrt(np.mean(np.square(leaf))), 1.0, rtol=1e-5)
   schedule = optax.cosine_decay_schedule(0.3, 10)
-  step, _ = optimizer(learning_rate=schedule).update(start(1), optimizer(learning_rate=1.0).init(params), params)
+  tx = optimizer(learning_rate=schedule)
+  step, _ = tx.update(start(1), tx.init(params), params)
   u, _ = optimizer.direction().update(start(1), optimizer.direction().init(params), params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -0.3 * b, rtol=1e-5, atol=1e-7), step, u)
 
