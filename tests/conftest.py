@@ -80,9 +80,9 @@ def environment(tmp_path_factory):
 def meta_train():
   """Makes the command line of a meta-training; that of quadratics is tiny."""
 
-  def command(workdir, *flags, config="quadratics.py", **changes):
+  def command(workdir, *flags, config="quadratics.py:architecture=mlp", **changes):
     script, path = ROOT / "experiments" / "meta_train.py", ROOT / "experiments" / "configs" / config
-    fields = {**(TINY if config == "quadratics.py" else {}), **changes}
+    fields = {**(TINY if config.startswith("quadratics.py") else {}), **changes}
     changed = [f"--config.{name}={value}" for name, value in fields.items()]
     return [sys.executable, str(script), f"--config={path}", f"--workdir={workdir}", *flags, *changed]
 

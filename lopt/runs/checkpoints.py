@@ -6,6 +6,7 @@ when complete, so that a checkpoint is whole or absent whenever the process dies
 
 import contextlib
 import logging
+import math
 import shutil
 import sys
 import zlib
@@ -54,8 +55,10 @@ def save(workdir: str | Path, step: int, state: PyTree, *, keep: int = 3) -> Non
   # Orbax neither stores arrays of size zero nor notices a flipped bit: the manifest sees to both.
   manifest = {name: {**_describe(array), "crc32": _checksum(array)} for name, array in arrays.items()}
   items: dict[str, Any] = {"manifest": ocp.args.JsonSave(manifest)}
-  if stored := {name: array for name, array in arrays.items() if array.size}:
-    items["state"] = ocp.args.StandardSave(stored)
+  # As one array: of many that are written side by side, all would complain after the first failure.
+  stored = np.concatenate([_bytes(array) for array in arrays.values()] or [np.zeros(0, np.uint8)])
+  if stored.size:
+    items["state"] = ocp.args.StandardSave({"bytes": stored})
   try:
     with _manager(workdir, max_to_keep=keep, cleanup_tmp_directories=True) as manager:
       manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -88,12 +91,12 @@ def restore(workdir: str | Path, like: PyTree, step: int | None = None) -> PyTre
       found = {name: {"shape": leaf["shape"], "dtype": leaf["dtype"]} for name, leaf in manifest.items()}
       if found != expected:
         raise CheckpointError(f"{path}: {_difference(found, expected)}; {_FOREIGN}")
-      arrays = {name: np.zeros(leaf["shape"], leaf["dtype"]) for name, leaf in found.items()}
-      for name in [name for name, array in arrays.items() if array.size]:
-        # One at a time: where the first is damaged, all reads under way would print a traceback each.
-        one = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
-        arguments = ocp.args.PyTreeRestore(item=one, restore_args=one, partial_restore=True)
-        arrays |= manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+      stored = np.zeros(0, np.uint8)
+      if any(math.prod(leaf["shape"]) for leaf in found.values()):
+        one = {"bytes": ocp.RestoreArgs(restore_type=np.ndarray)}
+        arguments = ocp.args.PyTreeRestore(item=one, restore_args=one)
+        stored = manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]["bytes"]
+      arrays = _cut(stored, found)
   except CheckpointError:
     raise
   except Exception as error:  # as above
@@ -177,8 +180,24 @@ def _describe(array: Any) -> dict[str, Any]:
   return {"shape": list(np.shape(array)), "dtype": str(array.dtype)}
 
 
+def _bytes(array: np.ndarray) -> np.ndarray:
+  return np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
+
+
+def _cut(stored: np.ndarray, described: dict[str, Any]) -> dict[str, np.ndarray]:
+  """The arrays whose bytes follow each other; raises ValueError if they are not as many as these have."""
+  arrays, start = {}, 0
+  for name, leaf in described.items():
+    end = start + math.prod(leaf["shape"]) * np.dtype(leaf["dtype"]).itemsize
+    arrays[name] = np.frombuffer(stored[start:end].tobytes(), leaf["dtype"]).reshape(leaf["shape"]).copy()
+    start = end
+  if start != stored.size:
+    raise ValueError(f"{stored.size} bytes, not {start}")
+  return arrays
+
+
 def _checksum(array: np.ndarray) -> int:
-  return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data) if array.size else 0
+  return zlib.crc32(_bytes(array).data)
 
 
 def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
@@ -202,4 +221,6 @@ def _reason(error: Exception) -> str:
   text = " ".join(str(error).split()) or type(error).__name__
   if "No space left" in text or "ENOSPC" in text:
     return "no space left on the disk"
+  if "File too large" in text or "EFBIG" in text:
+    return "too large for the file size limit"
   return text if len(text) <= 200 else f"{text[:200]}..."
