@@ -72,7 +72,9 @@ def main(argv: list[str]) -> None:
     lock.check(workdir)  # before what takes long
   built = configuration.call(experiment.build, config, where="config")
   with lock.hold(workdir) if parallel.is_first() else contextlib.nullcontext():
-    running.work(built, config, workdir, wandb_mode=WANDB.value, max_dead_steps=MAX_DEAD_STEPS.value or None)
+    running.work(
+      built, experiment.complete(config), workdir, wandb_mode=WANDB.value, max_dead_steps=MAX_DEAD_STEPS.value or None
+    )
 
 
 def run(argv: list[str]) -> None:

@@ -159,6 +159,21 @@ def build(
   return built
 
 
+def complete(package: str, section: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+  """The section with all options of the module that it names, and of sections within: defaults where none is given.
+
+  Raises:
+    ConfigError: as `build` does.
+  """
+  values = plain(section, where)
+  name = values.pop("name", None)
+  wrappings = {wrapper: values.pop(wrapper) for wrapper in WRAPPERS.get(package, ()) if values.get(wrapper)}
+  found = {"name": name, **_all_options(module(package, str(name), where=f"{where}.name").build, values, where)}
+  for wrapper, wrapping in wrappings.items():
+    found[wrapper] = _all_options(_wrap(package, wrapper), wrapping, f"{where}.{wrapper}")
+  return found
+
+
 def task_families(
   section: Mapping[str, Any], *, where: str, modules: Collection[str] | None = None
 ) -> dict[str, tuple[Any, float]]:
@@ -226,12 +241,16 @@ def choose(picks: str, **sections: Mapping[str, Mapping[str, Any]]) -> ml_collec
 
 
 def _fields(function: Callable[..., Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """All options of a function: the values given, else its defaults."""
+  """All options of a function, those without a value as a field that still has a type."""
+  values = _all_options(function, values, where)
+  annotations = _annotations(function)
+  return {o: _placeholder(annotations[o]) if value is None else value for o, value in values.items()}
+
+
+def _all_options(function: Callable[..., Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+  """All options of a function: the values given, else its defaults, else None."""
   values = _check(function, {**defaults(function), **values}, where)
-  return {
-    option: _placeholder(annotation) if values.get(option) is None else values[option]
-    for option, annotation in _annotations(function).items()
-  }
+  return {option: values.get(option) for option in _options(function)}
 
 
 def _wrap(package: str, wrapper: str) -> Callable[..., Any]:

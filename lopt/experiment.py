@@ -20,6 +20,9 @@ PERIODIC_EVALUATION = {"every": 200, "num_tasks": 8, "num_seeds": 2, "num_steps"
 EVALUATION = {"num_tasks": 8, "num_seeds": 5, "num_steps": 200}
 CHECKPOINT = {"every": 100, "keep": 3}
 
+OWN = "passed.in.Python"
+"""The name in a section where a program has handed over a function that no configuration names."""
+
 
 class Experiment(NamedTuple):
   """A configuration, built."""
@@ -122,6 +125,28 @@ def build(
     gradients = mixture.combine(estimators, weights, balance=parallel.mean if balance else None)
   trainer = meta_training.build(gradients, optimizer.init, updates, seed=seed, steps_per_call=log_every)
   return Experiment(families, full, optimizer, whole, trainer, seed, num_outer_steps, **sections)
+
+
+def complete(config: Section) -> dict[str, Any]:
+  """A configuration with every field, as work directories keep it: what is left out is at its default.
+
+  Raises:
+    ConfigError: A section names no module, or has an option that this does not take.
+  """
+  full = {**configuration.defaults(build), **config}
+  for field, package in configuration.PACKAGES.items():
+    section, where = full[field], f"config.{field}"
+    if section["name"] == configuration.MIXTURE:
+      families = {}
+      for label, member in section["families"].items():
+        options = {option: value for option, value in member.items() if option != "weight"}
+        options = configuration.complete(package, options, where=f"{where}.families.{label}")
+        families[label] = {**options, "weight": float(member.get("weight", 1.0))}
+      full[field] = {"name": configuration.MIXTURE, "families": families}
+    elif section["name"] != OWN:
+      full[field] = configuration.complete(package, section, where=where)
+  full["outer_optimizer"] = {**configuration.defaults(meta_training.outer_optimizer), **full["outer_optimizer"]}
+  return configuration.plain(full)
 
 
 def first_theta(optimizer: base.LearnedOptimizer, initial: str | None, seed: int) -> base.Theta:

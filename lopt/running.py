@@ -90,25 +90,25 @@ def meta_train(
   built = configuration.call(
     experiment.build, {"architecture": architecture, "task": task, **settings}, where="config"
   )
-  stored = {**configuration.defaults(experiment.build), **settings}
-  stored["architecture"] = {"name": OWN} if isinstance(architecture, base.LearnedOptimizer) else architecture
-  stored["task"] = {"name": OWN, "families": sorted(task)} if not isinstance(task.get("name"), str) else task
+  stored = dict(settings)
+  stored["architecture"] = (
+    {"name": experiment.OWN} if isinstance(architecture, base.LearnedOptimizer) else architecture
+  )
+  stored["task"] = (
+    {"name": experiment.OWN, "families": sorted(task)} if not isinstance(task.get("name"), str) else task
+  )
   workdir = Path(workdir)
   lock.check(workdir)
   with lock.hold(workdir):
     comparisons = work(
       built,
-      configuration.plain(stored),
+      experiment.complete(stored),
       workdir,
       wandb_mode=wandb,
       max_dead_steps=max_dead_steps,
       on_step=on_step,
     )
   return Run(trained.load(workdir, architecture=built.architecture), comparisons or {}, workdir)
-
-
-OWN = "passed.in.Python"
-"""What a configuration says where a program has handed over a function that no configuration names."""
 
 
 def claim(workdir: Path, config: Section) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ import optax
 import pytest
 
 import lopt
-from lopt import base
+from lopt import base, configuration, experiment, running
 from lopt.architectures import tensor_mlp
+from lopt.evaluation import held_out
 from lopt.runs import interruption, trained
 
+ROOT = Path(__file__).parent.parent
 SMALL = {
   "num_outer_steps": 4,
   "log_every": 2,
@@ -128,6 +131,37 @@ def test_a_family_with_a_mistake_is_refused_before_anything_is_compiled(tmp_path
 def test_a_setting_with_a_mistake_is_refused(tmp_path, settings, message):
   with pytest.raises(ValueError, match=message):
     lopt.meta_train(regression(), workdir=tmp_path / "run", **settings)
+
+
+def test_a_run_from_python_is_that_of_the_script(tmp_path):
+  """The same configuration is stored, so that each continues what the other began."""
+  config = configuration.load(ROOT / "experiments/configs/quadratics.py").get_config("")
+  config.architecture.hidden_size, config.task.dimension = 4, 3
+  config.num_outer_steps, config.log_every = 4, 2
+  config.periodic_evaluation.every, config.checkpoint.every = 4, 2
+  of_script = experiment.complete(configuration.plain(config))
+  of_python = experiment.complete(
+    {
+      "architecture": {"name": "tensor_mlp", "hidden_size": 4, **running.DIRECTION},
+      "task": {"name": "quadratic", "dimension": 3},
+      "num_outer_steps": 4,
+      "log_every": 2,
+      "periodic_evaluation": {**experiment.PERIODIC_EVALUATION, "every": 4},
+      "checkpoint": {"every": 2, "keep": 3},
+    }
+  )
+  assert configuration.difference(of_script, of_python) == []
+  assert experiment.complete(of_python) == of_python
+
+
+def test_suites_bring_their_own_lengths_and_numbers_of_tasks(monkeypatch):
+  asked = []
+  monkeypatch.setattr(held_out, "compare", lambda family, optimizers, **options: asked.append(options))
+  optimizer = trained.TrainedOptimizer({}, tensor_mlp.build(), {})
+  lopt.evaluate({"mine": optimizer}, "horizon", num_tasks=1)
+  assert [(x["num_steps"], x["num_tasks"], x["num_seeds"]) for x in asked] == [(1_000, 1, 5), (5_000, 1, 5)]
+  lopt.evaluate({"mine": optimizer}, regression())
+  assert asked[-1]["num_steps"] == 200
 
 
 def test_no_family_is_refused(tmp_path):

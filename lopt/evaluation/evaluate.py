@@ -78,9 +78,9 @@ def evaluate(
   families: Families = "fresh",
   *,
   baselines: Collection[str] = ("adamw", "muon"),
-  num_tasks: int = 4,
-  num_seeds: int = 3,
-  num_steps: int = 200,
+  num_tasks: int | None = None,
+  num_seeds: int | None = None,
+  num_steps: int | None = None,
   seed: int = 0,
   cache_folder: str | Path | None = None,
   progress: Callable[[str], None] | None = print,
@@ -94,7 +94,8 @@ def evaluate(
     optimizers: By the names that they get in tables: what `lopt.load` gives, or an architecture and its θ.
     families: One task family or several, with names or without; or the name of a suite of `lopt.evaluation.suites`.
     baselines: Functions of `lopt/evaluation/baselines.py`; AdamW is always there.
-    num_tasks, num_seeds, num_steps: Tasks drawn of each family, runs of each task, and inner steps of each run.
+    num_tasks, num_seeds, num_steps: Tasks drawn of each family, runs of each task, and inner steps of each run; None:
+      what the suite says, or 4, 3 and 200 for families of one's own.
     seed: Which tasks and runs.
     cache_folder: Where runs are kept for the next time; None: nowhere.
     progress: Is told what is about to run; None for silence.
@@ -108,19 +109,18 @@ def evaluate(
   pairs = {
     name: (x.architecture, x.theta) if isinstance(x, TrainedOptimizer) else x for name, x in optimizers.items()
   }
-  built = _named(families)
-  for name, family in built.items():
+  given = {"num_tasks": num_tasks, "num_seeds": num_seeds, "num_steps": num_steps}
+  given = {option: value for option, value in given.items() if value is not None}
+  built = _members(families)
+  for name, (family, _) in built.items():
     contract.check(family, name)
   seeds = inner_runs.seeds_of_families(seed, built)
   compared = {}
-  for name, family in built.items():
+  for name, (family, own) in built.items():
     compared[name] = held_out.compare(
       family,
       pairs,
-      num_tasks=num_tasks,
-      num_seeds=num_seeds,
-      num_steps=num_steps,
-      seed=seeds[name],
+      **{**own, **given, "seed": seeds[name]},
       baseline_names=chosen,
       cache_folder=cache_folder,
       progress=None if progress is None else lambda stage, name=name: progress(f"{name}: {stage}"),
@@ -128,15 +128,17 @@ def evaluate(
   return Result(compared, about(optimizers, {"function": "lopt.evaluate", "seed": str(seed)}))
 
 
-def _named(families: Families) -> dict[str, base.TaskFamily]:
+def _members(families: Families) -> dict[str, suites.Member]:
+  """The families by name, each with how it is to be compared."""
   if isinstance(families, str):
-    return {name: member.family for name, member in suites.build(families).items()}
+    return suites.build(families)
   if isinstance(families, base.TaskFamily):
-    return {"tasks": families}
-  if isinstance(families, Mapping):
-    return {str(name): family for name, family in families.items()}
-  listed = list(families)
-  return {f"tasks {i + 1}" if len(listed) > 1 else "tasks": family for i, family in enumerate(listed)}
+    families = {"tasks": families}
+  elif not isinstance(families, Mapping):
+    listed = list(families)
+    families = {f"tasks {i + 1}" if len(listed) > 1 else "tasks": family for i, family in enumerate(listed)}
+  own = {"num_tasks": 4, "num_seeds": 3, "num_steps": 200}
+  return {str(name): suites.Member(family, own) for name, family in families.items()}
 
 
 def about(optimizers: Mapping[str, Any], facts: Mapping[str, str]) -> report_page.About:
