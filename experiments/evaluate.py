@@ -198,7 +198,8 @@ def _name(optimizer: str) -> str:
   return path.stem if path.is_file() and path.name != trained.FILENAME else _folder(optimizer).name
 
 
-if __name__ == "__main__":
+def command() -> None:
+  """What `lopt evaluate` and this script run."""
   try:
     with interruption.immediate("stopped"):
       app.run(main, flags_parser=configuration.parse_flags)
@@ -207,3 +208,7 @@ if __name__ == "__main__":
   except KeyboardInterrupt as error:
     print("\nevaluate.py: interrupted; what baselines did so far is in --cache", file=sys.stderr, flush=True)
     sys.exit(error.exit_code if isinstance(error, interruption.InterruptedRun) else 130)
+
+
+if __name__ == "__main__":
+  command()

@@ -27,7 +27,7 @@ from lopt import configuration, experiment, running
 from lopt.outer import parallel
 from lopt.runs import checkpoints, interruption, lock
 
-CONFIG = configuration.define_flag("config", str(Path(__file__).parent / "configs" / "digits.py"), "What to run.")
+CONFIG = configuration.define_flag("config", "digits", "What to run: a name in configs/, or the path of a file.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Where the run is kept, and continued from.")
 WANDB = flags.DEFINE_enum(
   "wandb",
@@ -90,8 +90,8 @@ def run(argv: list[str]) -> None:
     os._exit(1)  # an orderly exit would wait for the others
 
 
-if __name__ == "__main__":
-  AGAIN = "the same command continues from the last checkpoint"
+def command() -> None:
+  """What `lopt meta-train` and this script run."""
   try:
     with interruption.immediate("stopped by SIGTERM"):
       app.run(run, flags_parser=configuration.parse_flags)
@@ -104,5 +104,10 @@ if __name__ == "__main__":
   ) as error:
     sys.exit(f"meta_train.py: {error}")
   except KeyboardInterrupt as error:
-    print(f"\nmeta_train.py: {str(error) or 'interrupted'}; {AGAIN}", file=sys.stderr, flush=True)
+    again = "the same command continues from the last checkpoint"
+    print(f"\nmeta_train.py: {str(error) or 'interrupted'}; {again}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code if isinstance(error, interruption.InterruptedRun) else 130)
+
+
+if __name__ == "__main__":
+  command()

@@ -301,12 +301,30 @@ def difference(a: Any, b: Any) -> list[str]:
 
 
 def define_flag(name: str, default: str | None, help_string: str) -> flags.FlagHolder[Any]:
-  """`config_flags.DEFINE_config_file`, that exits with one line where `--<name>.field=value` is wrong.
+  """`config_flags.DEFINE_config_file` that takes names, and exits with one line where `--<name>.field=value` is wrong.
 
   Because ml_collections applies these already here to the default file, and answers with its whole traceback.
+
+  Args:
+    name: of the flag.
+    default: the path of a configuration, or its name: that of a file in the folder `configs` beside the script.
+    help_string: of the flag.
   """
+  folder = Path(sys._getframe(1).f_globals["__file__"]).parent / "configs"
+  named = re.compile(rf"(--?{name}=)?(\w+)(:.*)?")
+
+  def path(value: str) -> str:
+    found = named.fullmatch(value)
+    if not found:
+      return value
+    if not (folder / f"{found[2]}.py").exists():
+      there = ", ".join(sorted(x.stem for x in folder.glob("*.py")))
+      raise ConfigError(f"--{name}: no configuration {found[2]!r}; there are: {there}; or give the path of a file")
+    return f"{found[1] or ''}{folder / found[2]}.py{found[3] or ''}"
+
   with _exit_with_one_line(sys.argv[0]):
-    return config_flags.DEFINE_config_file(name, default, help_string)
+    sys.argv[1:] = [path(x) if x.lstrip("-").startswith(f"{name}=") else x for x in sys.argv[1:]]
+    return config_flags.DEFINE_config_file(name, None if default is None else path(default), help_string)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -1,0 +1,27 @@
+"""The command `lopt`: the scripts of `experiments/`, for those who have installed the package alone.
+
+lopt meta-train --config=digits --workdir=runs/digits
+lopt evaluate --optimizer=runs/digits
+"""
+
+import importlib
+import sys
+
+COMMANDS = {"meta-train": "meta_train", "evaluate": "evaluate"}
+"""Modules of the package `lopt.commands`, which is the folder `experiments/` of the repository."""
+
+
+def main() -> None:
+  """Runs the command that the first argument names, with the rest as its flags."""
+  asked = sys.argv[1] if len(sys.argv) > 1 else "--help"
+  if asked in ("--help", "-h", "help"):
+    print(f"{(__doc__ or '').strip()}\n\n`lopt COMMAND --help` lists the flags of a command.")
+    return
+  if asked not in COMMANDS:
+    sys.exit(f"lopt: no command {asked!r}; there are: {', '.join(COMMANDS)}")
+  sys.argv[:2] = [f"lopt {asked}"]
+  importlib.import_module(f"lopt.commands.{COMMANDS[asked]}").command()
+
+
+if __name__ == "__main__":
+  main()
