@@ -301,7 +301,7 @@ def difference(a: Any, b: Any) -> list[str]:
 
 
 def define_flag(name: str, default: str | None, help_string: str) -> flags.FlagHolder[Any]:
-  """`config_flags.DEFINE_config_file` that takes names, and exits with one line where `--<name>.field=value` is wrong.
+  """`DEFINE_config_file` that takes names, and exits with one line where `--<name>.field=value` is wrong.
 
   Because ml_collections applies these already here to the default file, and answers with its whole traceback.
 
