@@ -5,6 +5,8 @@ weights, of the inputs and of the loss; and, where it is asked for, a loss funct
 the training data. The data set, the network's shapes and the batch size are the family's.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -76,6 +78,24 @@ class Examples(NamedTuple):
   labels: Int[Array, " B"]
 
 
+def with_options(build: Callable[..., base.TaskFamily]) -> Callable[..., base.TaskFamily]:
+  """Gives a `build(..., **options)`, which hands them on to `family`, that function's options as its own.
+
+  So that they stand in one place: with their types and defaults, a configuration finds them in the signature.
+  """
+  own, shared = (dict(inspect.signature(function).parameters) for function in (build, family))
+  keywords = {name: p for name, p in {**shared, **own}.items() if p.kind is p.KEYWORD_ONLY}
+  types = {name: p.annotation for name, p in shared.items() if name in keywords}
+
+  @functools.wraps(build)
+  def with_all(**options: Any) -> base.TaskFamily:
+    return build(**options)
+
+  with_all.__annotations__ = {**types, **build.__annotations__}
+  with_all.__signature__ = inspect.Signature(list(keywords.values()))  # pyright: ignore[reportAttributeAccessIssue]
+  return with_all
+
+
 class _Split(NamedTuple):
   """Examples sorted by class: those of class c are rows offsets[c] ... offsets[c] + counts[c] - 1."""
 
@@ -87,21 +107,21 @@ class _Split(NamedTuple):
 def family(
   network: Network,
   *,
-  dataset: str,
-  resolution: int | None,
-  batch_size: int,
-  activations: tuple[str, ...],
-  losses: tuple[str, ...],
-  min_classes: int,
-  max_classes: int | None,
-  weight_scale: tuple[float, float],
-  input_scale: tuple[float, float],
-  loss_scale: tuple[float, float],
-  width_fraction: tuple[float, float] | None,
-  label_noise: tuple[float, float] | None,
-  input_noise: tuple[float, float] | None,
-  data_fraction: tuple[float, float] | None,
-  data_dir: str | None,
+  dataset: str = "digits",
+  resolution: int | None = 8,
+  batch_size: int = 32,
+  activations: tuple[str, ...] = ("relu", "tanh", "sigmoid", "swish", "gelu"),
+  losses: tuple[str, ...] = ("cross_entropy",),
+  min_classes: int = 2,
+  max_classes: int | None = None,
+  weight_scale: tuple[float, float] = (0.25, 2.0),
+  input_scale: tuple[float, float] = (0.3, 1.0),
+  loss_scale: tuple[float, float] = (0.1, 10.0),
+  width_fraction: tuple[float, float] | None = None,
+  label_noise: tuple[float, float] | None = None,
+  input_noise: tuple[float, float] | None = None,
+  data_fraction: tuple[float, float] | None = None,
+  data_dir: str | None = None,
 ) -> base.TaskFamily:
   """Classifiers of a network on an image data set that stays on the device.
 

@@ -7,32 +7,21 @@ which are neither parameters to train nor part of a loss that is a function of p
 training and test losses two different functions of the parameters.
 """
 
+from typing import Any
+
 import haiku as hk
 
 from lopt import base, checks
 from lopt.tasks import classification, images
 
 
+@classification.with_options
 def build(
   *,
-  dataset: str = "digits",
-  resolution: int | None = 8,
   channels: tuple[int, ...] = (8, 16),
   blocks: int = 1,
   groups: int = 4,
-  batch_size: int = 32,
-  activations: tuple[str, ...] = ("relu", "tanh", "sigmoid", "swish", "gelu"),
-  losses: tuple[str, ...] = ("cross_entropy",),
-  min_classes: int = 2,
-  max_classes: int | None = None,
-  weight_scale: tuple[float, float] = (0.25, 2.0),
-  input_scale: tuple[float, float] = (0.3, 1.0),
-  loss_scale: tuple[float, float] = (0.1, 10.0),
-  width_fraction: tuple[float, float] | None = None,
-  label_noise: tuple[float, float] | None = None,
-  input_noise: tuple[float, float] | None = None,
-  data_fraction: tuple[float, float] | None = None,
-  data_dir: str | None = None,
+  **options: Any,
 ) -> base.TaskFamily:
   """Residual classifiers: a 3x3 convolution, stages of residual blocks, the mean over the pixels, a linear layer.
 
@@ -69,21 +58,4 @@ def build(
         x = (x if stride == 1 else images.convolve(x, n, size=1, stride=stride)) + residual
     return hk.Linear(num_outputs)(normalized(x).mean(axis=(1, 2)))
 
-  return classification.family(
-    network,
-    dataset=dataset,
-    resolution=resolution,
-    batch_size=batch_size,
-    activations=activations,
-    losses=losses,
-    min_classes=min_classes,
-    max_classes=max_classes,
-    weight_scale=weight_scale,
-    input_scale=input_scale,
-    loss_scale=loss_scale,
-    width_fraction=width_fraction,
-    label_noise=label_noise,
-    input_noise=input_noise,
-    data_fraction=data_fraction,
-    data_dir=data_dir,
-  )
+  return classification.family(network, **options)

@@ -5,6 +5,8 @@ the mean over the patches in place of a class token (X. Zhai, A. Kolesnikov, N. 
 transformers", CVPR 2022).
 """
 
+from typing import Any
+
 import haiku as hk
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -13,29 +15,16 @@ from lopt import base, checks
 from lopt.tasks import classification
 
 
+@classification.with_options
 def build(
   *,
-  dataset: str = "digits",
-  resolution: int | None = 8,
   patch_size: int = 2,
   width: int = 16,
   layers: int = 1,
   heads: int = 2,
   mlp_ratio: int = 2,
   positions: bool = True,
-  batch_size: int = 32,
-  activations: tuple[str, ...] = ("relu", "tanh", "sigmoid", "swish", "gelu"),
-  losses: tuple[str, ...] = ("cross_entropy",),
-  min_classes: int = 2,
-  max_classes: int | None = None,
-  weight_scale: tuple[float, float] = (0.25, 2.0),
-  input_scale: tuple[float, float] = (0.3, 1.0),
-  loss_scale: tuple[float, float] = (0.1, 10.0),
-  width_fraction: tuple[float, float] | None = None,
-  label_noise: tuple[float, float] | None = None,
-  input_noise: tuple[float, float] | None = None,
-  data_fraction: tuple[float, float] | None = None,
-  data_dir: str | None = None,
+  **options: Any,
 ) -> base.TaskFamily:
   """Transformer classifiers: patches, pre-norm transformer blocks, the mean over the patches, a linear layer.
 
@@ -75,24 +64,7 @@ def build(
       x = x + hk.nets.MLP([mlp_ratio * width, width], activation=activate)(norm(x))
     return hk.Linear(num_outputs, name="head")(norm(x).mean(axis=1))
 
-  return classification.family(
-    network,
-    dataset=dataset,
-    resolution=resolution,
-    batch_size=batch_size,
-    activations=activations,
-    losses=losses,
-    min_classes=min_classes,
-    max_classes=max_classes,
-    weight_scale=weight_scale,
-    input_scale=input_scale,
-    loss_scale=loss_scale,
-    width_fraction=width_fraction,
-    label_noise=label_noise,
-    input_noise=input_noise,
-    data_fraction=data_fraction,
-    data_dir=data_dir,
-  )
+  return classification.family(network, **options)
 
 
 def _patches(images: Float[Array, "B height width channels"], size: int) -> Float[Array, "B patches patch_pixels"]:
