@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from lopt import configuration
+from lopt import command_line, configuration
 from lopt.evaluation import (
   baselines,
   comparison,
@@ -43,7 +43,7 @@ from lopt.runs import interruption, lock, tracking, trained
 OPTIMIZER = flags.DEFINE_list(
   "optimizer", None, "Trained optimizers: names, files or work directories, by commas.", required=True
 )
-CONFIG = configuration.define_flag("config", None, "Take the tasks from this configuration instead.")
+CONFIG = command_line.define_flag("config", None, "Take the tasks from this configuration instead.")
 SUITE = flags.DEFINE_list("suite", None, "Compare on these held-out suites instead, or on all.")
 BASELINES = flags.DEFINE_list("baselines", ["adamw", "muon"], "Functions of lopt/evaluation/baselines.py, or all.")
 MODULES = flags.DEFINE_list("modules", [], "Modules of your own that the optimizers' files may name.")
@@ -202,7 +202,7 @@ def command() -> None:
   """What `lopt evaluate` and this script run."""
   try:
     with interruption.immediate("stopped"):
-      app.run(main, flags_parser=configuration.parse_flags)
+      app.run(main, flags_parser=command_line.parse_flags)
   except (configuration.ConfigError, trained.LoadError, lock.LockedError, OSError) as error:
     sys.exit(f"evaluate.py: {error}")
   except KeyboardInterrupt as error:

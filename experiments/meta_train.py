@@ -23,11 +23,11 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from lopt import configuration, experiment, running
+from lopt import command_line, configuration, experiment, running
 from lopt.outer import parallel
 from lopt.runs import checkpoints, interruption, lock
 
-CONFIG = configuration.define_flag("config", "digits", "What to run: a name in configs/, or the path of a file.")
+CONFIG = command_line.define_flag("config", "digits", "What to run: a name in configs/, or the path of a file.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Where the run is kept, and continued from.")
 WANDB = flags.DEFINE_enum(
   "wandb",
@@ -94,7 +94,7 @@ def command() -> None:
   """What `lopt meta-train` and this script run."""
   try:
     with interruption.immediate("stopped by SIGTERM"):
-      app.run(run, flags_parser=configuration.parse_flags)
+      app.run(run, flags_parser=command_line.parse_flags)
   except (
     configuration.ConfigError,
     checkpoints.CheckpointError,

@@ -14,23 +14,23 @@ What is there for every architecture or every task alike is a section within, fo
 Every problem is a `ConfigError` of one line that starts with the field.
 """
 
-import contextlib
-import difflib
 import importlib
 import importlib.util
-import inspect
 import math
 import re
-import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ml_collections
-from absl import flags
-from ml_collections import config_dict, config_flags
+from ml_collections import config_dict
+
+from lopt import signatures
+from lopt.signatures import ConfigError, call, defaults
+
+__all__ = ["ConfigError", "call", "defaults"]  # and what follows
 
 PACKAGES = {"architecture": "architectures", "task": "tasks", "estimator": "outer"}
 """Where the module that a section of a configuration names is found: lopt/<package>/<name>.py."""
@@ -43,46 +43,6 @@ MIXTURE = "mixture"
 """The name of a task section that has several families."""
 
 _CONTRACTS = {"architectures": "LearnedOptimizer", "tasks": "TaskFamily", "outer": "GradientEstimator"}
-
-
-class ConfigError(ValueError):
-  """A configuration that cannot be used; the message is one line and starts with the field."""
-
-
-def defaults(build: Callable[..., Any]) -> dict[str, Any]:
-  """The options of a build function: its keyword-only arguments that have a default, with those defaults."""
-  return {
-    name: parameter.default
-    for name, parameter in _options(build).items()
-    if parameter.default is not inspect.Parameter.empty
-  }
-
-
-def call(build: Callable[..., Any], options: Mapping[str, Any], *args: Any, where: str) -> Any:
-  """`build(*args, **options)`, once the options' names and types have been checked against the signature.
-
-  Known types are int, float (an int will do), bool, str, None, Literal, tuples and unions of these; an argument
-  of any other type, or without annotation, is passed on unchecked. Lists become tuples.
-
-  Args:
-    build: a function that takes its options as keyword-only arguments.
-    options: their values; options that are left out have their default.
-    *args: positional arguments, unchecked.
-    where: the path of the options, such as `config.task`, with which error messages start.
-
-  Raises:
-    ConfigError: unknown, missing or mistyped option, or a ValueError of `build` itself.
-  """
-  converted = _check(build, options, where)
-  for name, parameter in _options(build).items():
-    if name not in converted and parameter.default is inspect.Parameter.empty:
-      raise ConfigError(f"{where}.{name}: missing; {_title(build)} has no default for it")
-  try:
-    return build(*args, **converted)
-  except ConfigError:
-    raise  # of a section within; it names its field
-  except ValueError as error:
-    raise ConfigError(f"{where}: {error}") from error
 
 
 def module(package: str, name: str, *, where: str, modules: Collection[str] | None = None) -> types.ModuleType:
@@ -116,7 +76,7 @@ def module(package: str, name: str, *, where: str, modules: Collection[str] | No
     if "." in name:
       reason = f"no module {name!r}; is the folder that contains it on PYTHONPATH?"
     else:
-      reason = f"no {path.replace('.', '/')}.py; {_did_you_mean(name, choices(package))}there are: "
+      reason = f"no {path.replace('.', '/')}.py; {signatures.did_you_mean(name, choices(package))}there are: "
       reason += f"{', '.join(choices(package))}; or give the dotted path of a module of your own"
     raise ConfigError(f"{where}: {reason}") from None
   if not callable(getattr(found, "build", None)):
@@ -168,9 +128,12 @@ def complete(package: str, section: Mapping[str, Any], *, where: str) -> dict[st
   values = plain(section, where)
   name = values.pop("name", None)
   wrappings = {wrapper: values.pop(wrapper) for wrapper in WRAPPERS.get(package, ()) if values.get(wrapper)}
-  found = {"name": name, **_all_options(module(package, str(name), where=f"{where}.name").build, values, where)}
+  found = {
+    "name": name,
+    **signatures.all_options(module(package, str(name), where=f"{where}.name").build, values, where),
+  }
   for wrapper, wrapping in wrappings.items():
-    found[wrapper] = _all_options(_wrap(package, wrapper), wrapping, f"{where}.{wrapper}")
+    found[wrapper] = signatures.all_options(_wrap(package, wrapper), wrapping, f"{where}.{wrapper}")
   return found
 
 
@@ -242,15 +205,9 @@ def choose(picks: str, **sections: Mapping[str, Mapping[str, Any]]) -> ml_collec
 
 def _fields(function: Callable[..., Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
   """All options of a function, those without a value as a field that still has a type."""
-  values = _all_options(function, values, where)
-  annotations = _annotations(function)
+  values = signatures.all_options(function, values, where)
+  annotations = signatures.annotations_of(function)
   return {o: _placeholder(annotations[o]) if value is None else value for o, value in values.items()}
-
-
-def _all_options(function: Callable[..., Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """All options of a function: the values given, else its defaults, else None."""
-  values = _check(function, {**defaults(function), **values}, where)
-  return {option: values.get(option) for option in _options(function)}
 
 
 def _wrap(package: str, wrapper: str) -> Callable[..., Any]:
@@ -300,139 +257,11 @@ def difference(a: Any, b: Any) -> list[str]:
   ]
 
 
-def define_flag(name: str, default: str | None, help_string: str) -> flags.FlagHolder[Any]:
-  """`DEFINE_config_file` that takes names, and exits with one line where `--<name>.field=value` is wrong.
-
-  Because ml_collections applies these already here to the default file, and answers with its whole traceback.
-
-  Args:
-    name: of the flag.
-    default: the path of a configuration, or its name: that of a file in the folder `configs` beside the script.
-    help_string: of the flag.
-  """
-  folder = Path(sys._getframe(1).f_globals["__file__"]).parent / "configs"
-  named = re.compile(rf"(--?{name}=)?(\w+)(:.*)?")
-
-  def path(value: str) -> str:
-    found = named.fullmatch(value)
-    if not found:
-      return value
-    if not (folder / f"{found[2]}.py").exists():
-      there = ", ".join(sorted(x.stem for x in folder.glob("*.py")))
-      raise ConfigError(f"--{name}: no configuration {found[2]!r}; there are: {there}; or give the path of a file")
-    return f"{found[1] or ''}{folder / found[2]}.py{found[3] or ''}"
-
-  with _exit_with_one_line(sys.argv[0]):
-    sys.argv[1:] = [path(x) if x.lstrip("-").startswith(f"{name}=") else x for x in sys.argv[1:]]
-    return config_flags.DEFINE_config_file(name, None if default is None else path(default), help_string)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-  """For `app.run(main, flags_parser=parse_flags)`: exits with one line where a flag or the config file is wrong."""
-  with _exit_with_one_line(argv[0]):
-    rest = flags.FLAGS(argv)
-    for flag in flags.FLAGS:
-      getattr(flags.FLAGS[flag].value, "lock", None)  # fails where the config file could not be read
-    return rest
-
-
-@contextlib.contextmanager
-def _exit_with_one_line(program: str) -> Iterator[None]:
-  try:
-    yield
-  except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-    text = str(error.args[-1]).strip()
-    if isinstance(error, (AttributeError, KeyError)):  # how ml_collections says so
-      line = f"the configuration has no such field: {' '.join(text.split())}"
-    else:
-      line = text.splitlines()[-1].strip()  # of an error in the config file: what precedes it is the traceback
-    sys.exit(f"{Path(program).name}: {line.removeprefix(f'{ConfigError.__module__}.ConfigError: ')}")
-
-
-def _options(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-  parameters = inspect.signature(build).parameters.items()
-  return {name: p for name, p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-
-
-def _annotations(build: Callable[..., Any]) -> dict[str, Any]:
-  annotations = typing.get_type_hints(build)
-  return {name: annotations.get(name, Any) for name in _options(build)}
-
-
-def _check(build: Callable[..., Any], options: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """The options with their types as annotated, all known to `build`."""
-  annotations = _annotations(build)
-  converted = {}
-  for name, value in options.items():
-    if name not in annotations:
-      takes = f"{_title(build)} takes: {', '.join(annotations) or 'no options'}"
-      raise ConfigError(f"{where}.{name}: unknown field; {_did_you_mean(name, annotations)}{takes}")
-    try:
-      converted[name] = _convert(value, annotations[name])
-    except TypeError:
-      raise ConfigError(f"{where}.{name}: {value!r} is not {_describe(annotations[name])}") from None
-  return converted
-
-
-def _convert(value: Any, annotation: Any) -> Any:
-  """`value` as the annotation has it: ints become floats and lists tuples. Raises TypeError if it is no such."""
-  origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-  if origin in (typing.Union, types.UnionType):
-    for argument in arguments:
-      with contextlib.suppress(TypeError):
-        return _convert(value, argument)
-    raise TypeError
-  if origin is Literal:
-    ok = any(value == argument and type(value) is type(argument) for argument in arguments)
-  elif origin is tuple:
-    ok = isinstance(value, (list, tuple))
-    if ok and arguments[1:] == (...,):
-      return tuple(_convert(item, arguments[0]) for item in value)
-    if ok and len(value) == len(arguments):
-      return tuple(map(_convert, value, arguments))
-    ok = False
-  elif annotation is float:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-    value = float(value) if ok else value
-  elif annotation is int:
-    ok = isinstance(value, int) and not isinstance(value, bool)
-  elif annotation in (bool, str, types.NoneType):
-    ok = isinstance(value, annotation)
-  else:
-    ok = True
-  if not ok:
-    raise TypeError
-  return value
-
-
-def _describe(annotation: Any) -> str:
-  """The annotation in words, with its article."""
-  origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-  if origin in (typing.Union, types.UnionType):
-    return " or ".join(map(_describe, arguments))
-  if origin is Literal:
-    return f"one of {', '.join(map(repr, arguments))}"
-  if annotation is types.NoneType:
-    return "None"
-  name = annotation.__name__ if isinstance(annotation, type) and origin is None else str(annotation)
-  return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
 def _placeholder(annotation: Any) -> Any:
   """A field without a value that still has a type, so that a flag can set it."""
   kinds = [kind for kind in typing.get_args(annotation) or (annotation,) if kind is not types.NoneType]
   kind = typing.get_origin(kinds[0]) or kinds[0]
   return config_dict.placeholder(kind if isinstance(kind, type) else object)
-
-
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
-  close = difflib.get_close_matches(name, list(names), n=1)
-  return f"did you mean {close[0]!r}? " if close else ""
-
-
-def _title(build: Callable[..., Any]) -> str:
-  module_name = build.__module__.rpartition(".")[2]
-  return f"{module_name}.{build.__qualname__}".removeprefix("__main__.")
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -245,14 +245,14 @@ def script(tmp_path_factory):
     textwrap.dedent("""
       import json
       from absl import app, flags
-      from lopt import configuration
+      from lopt import command_line, configuration
 
-      configuration.define_flag("config", "experiments/configs/digits.py", "What to run.")
+      command_line.define_flag("config", "experiments/configs/digits.py", "What to run.")
 
       def main(argv):
         print(json.dumps(configuration.plain(flags.FLAGS.config)))
 
-      app.run(main, flags_parser=configuration.parse_flags)
+      app.run(main, flags_parser=command_line.parse_flags)
     """)
   )
   return path

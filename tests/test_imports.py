@@ -12,19 +12,20 @@ ROOT = Path(__file__).parent.parent
 # A module imports from the layers before its own only. A package stands for all of its files, so a new task,
 # architecture or estimator needs no line here; a new module at the top of lopt does.
 LAYERS = (
-  ("base", "checks", "version", "runs.files"),
+  ("base", "checks", "signatures", "version", "runs.files"),
   ("configuration", "architectures", "tasks", "outer", "runs", "evaluation.measures"),
   ("inner_training", "evaluation.baselines", "runs.trained", "runs.drop_in", "runs.cache"),
   ("outer.meta_training",),
-  ("experiment",),
+  ("experiment", "command_line"),
   ("evaluation.inner_runs",),
   ("evaluation.comparison",),
+  ("evaluation.identity",),
   ("evaluation.held_out",),
   ("evaluation",),
   ("evaluation.report",),
   ("evaluation.report_page",),
   ("running", "evaluation.evaluate"),
-  ("",),  # lopt/__init__.py
+  ("", "__main__"),  # lopt/__init__.py
 )
 DEVICES = {"pmap", "devices", "local_devices", "device_count", "local_device_count"}
 MAY_USE_DEVICES = {"outer.parallel", "architectures.sharding"}

@@ -28,7 +28,7 @@ def measure(case: str) -> bench.Figures:
 
   import lopt
   from lopt import configuration, inner_training
-  from lopt.outer import late_losses, parallel, pes, unrolls
+  from lopt.outer import late_losses, parallel, pes, vectors
 
   parallel.setup()
   name, noise, sigma = case.split("/")
@@ -55,7 +55,7 @@ def measure(case: str) -> bench.Figures:
   def block(state, keys):
     def outer_step(state, key):
       gradient, state, _ = estimator.estimate(key, optimizer.theta, state)
-      return state, unrolls.ravel(gradient)[0]
+      return state, vectors.ravel(gradient)[0]
 
     return jax.lax.scan(outer_step, state, keys)
 

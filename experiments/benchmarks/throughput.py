@@ -26,7 +26,7 @@ import optax
 from absl import flags
 
 from lopt import base, configuration, inner_training
-from lopt.outer import meta_training, parallel, pes, unrolls
+from lopt.outer import meta_training, parallel, pes, vectors
 
 PROFILE = flags.DEFINE_bool("profile", False, "With --case: time the parts of an inner step, and write a trace.")
 REPEATS = flags.DEFINE_integer("repeats", 15, "Outer steps that are timed.", 1)
@@ -175,9 +175,9 @@ def profile(family: base.TaskFamily, learned: base.LearnedOptimizer, whole: floa
       (gradients, state),
     ),
   }
-  flat, _ = unrolls.ravel(theta)
+  flat, _ = vectors.ravel(theta)
   keys = jax.random.split(jax.random.key(5), 8)
-  drawn = jax.jit(lambda keys: unrolls.perturbations(keys, 0.01, flat))
+  drawn = jax.jit(lambda keys: vectors.perturbations(keys, 0.01, flat))
   parts["perturbation, of one unroll of 20"] = 1e6 * seconds_of(lambda: drawn(keys), repeats=20) / 8 / 20 / 2
   parts["resets, estimator and rest"] = 1e6 * whole - sum(parts.values())
   return {f"microseconds: {name}": value for name, value in parts.items()}

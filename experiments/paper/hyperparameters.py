@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from lopt import base, inner_training
 from lopt.architectures import hyperparameters
-from lopt.outer import es, parallel, pes, unrolls
+from lopt.outer import es, parallel, pes, unrolls, vectors
 from lopt.tasks import mlp_classifier
 
 ESTIMATORS = {"PES": pes.build, "truncated ES": es.build}
@@ -157,7 +157,7 @@ def evaluate(problem: base.UnrolledProblem, thetas: base.Theta, keys: base.PRNGK
 
   def one_run(_: None, run: tuple[base.Theta, base.PRNGKey]) -> base.Scalar:
     theta, key = run
-    flat, unravel = unrolls.ravel(theta)
+    flat, unravel = vectors.ravel(theta)
     losses = unrolls.unroll_episode(problem, flat[None, None], unravel, key[None])
     return losses.first[0, 0] / losses.steps[0]
 

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from lopt import base
-from lopt.outer import es, parallel, pes, unrolls
+from lopt.outer import es, parallel, pes, vectors
 from lopt.tasks import datasets
 
 TEXT = flags.DEFINE_string("text", None, "UTF-8 file to read characters from, instead of tiny_shakespeare.")
@@ -109,9 +109,9 @@ def total_gradients(
     def window(carry, i):
       total, state = carry
       gradient, state, _ = estimator.estimate(jax.random.fold_in(key, i), theta, state)
-      return (total + window_length * unrolls.ravel(gradient)[0], state), None
+      return (total + window_length * vectors.ravel(gradient)[0], state), None
 
-    start = jnp.zeros_like(unrolls.ravel(theta)[0]), estimator.init(key, theta)
+    start = jnp.zeros_like(vectors.ravel(theta)[0]), estimator.init(key, theta)
     (total, _), _ = jax.lax.scan(window, start, jnp.arange(num_windows))
     return total
 
@@ -132,7 +132,7 @@ def linear_variance(
   One window gives (P + 1) |∇L|², as full ES. Of n windows that do not influence each other, equal gradients give
   about ½ P |∇L|² and independent ones ½ n P |∇L|².
   """
-  flat, unravel = unrolls.ravel(theta)
+  flat, unravel = vectors.ravel(theta)
   windows = jnp.arange(num_windows)
   key = jax.random.key(0)  # of a problem that uses none
 

@@ -6,7 +6,6 @@ seeds. Rivals over which speed-ups are told are then trained at several lengths,
 """
 
 import functools
-import hashlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,14 +14,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from lopt import base, checks, inner_training
-from lopt.base import LearnedOptimizer, PRNGKey, PyTree, TaskFamily, TaskParams, Theta
-from lopt.evaluation import baselines, inner_runs
+from lopt import checks
+from lopt.base import LearnedOptimizer, PyTree, TaskFamily, TaskParams, Theta
+from lopt.evaluation import baselines, identity, inner_runs
 from lopt.evaluation.comparison import CONTROL, REFERENCE, Comparison, Ladder, Role, Sweep
 from lopt.evaluation.inner_runs import Rated, Runs
-from lopt.outer import parallel, unrolls
 from lopt.runs import cache
 
 RATES_AT_ONCE = 3
@@ -92,9 +90,9 @@ def compare(
   entries = _entries(optimizers, list(dict.fromkeys([REFERENCE, *baseline_names])))
   build = functools.cache(inner_runs.build_train(family, num_held_out_batches=num_held_out_batches, split="test"))
   at_once = 1 if jax.default_backend() == "cpu" else num_tasks  # tasks in a call
-  key = {"seeds": num_seeds, "seed": seed, "batches": num_held_out_batches, "sources": _sources()}
+  key = {"seeds": num_seeds, "seed": seed, "batches": num_held_out_batches, "sources": identity.of_sources(__file__)}
   key |= {"jax": jax.__version__, "on": jax.default_backend()}
-  key |= {"family": _fingerprint(family) if cache_folder else None}
+  key |= {"family": identity.of_family(family) if cache_folder else None}
 
   def trained(name: str, which: tuple[int, ...], rates: Float[np.ndarray, "tasks rates"], steps: int) -> list[Sweep]:
     """One optimizer on some of the tasks."""
@@ -115,7 +113,9 @@ def compare(
 
   @functools.cache
   def fingerprint(name: str) -> str | None:
-    return _fingerprint_of(family, entries[name]) if cache_folder else None
+    entry = entries[name]
+    settings = (entry.unit, entry.recommended)
+    return identity.of_optimizer(family, entry.rated, entry.theta, settings) if cache_folder else None
 
   def sweep(name: str) -> tuple[Sweep, ...]:
     """One optimizer at all its learning rates."""
@@ -269,44 +269,6 @@ def _unpack(packed: cache.Arrays) -> tuple[Sweep, ...]:
     metrics = {name.removeprefix("metric/"): own.pop(name) for name in list(own) if name.startswith("metric/")}
     sweeps.append(Sweep(rates, Runs(held_out_metrics=metrics, **own)))
   return tuple(sweeps)
-
-
-def _fingerprint(family: TaskFamily) -> str:
-  """A hash of all that a family computes: its functions as compiled, with the data that they hold."""
-
-  def everything(key: PRNGKey) -> PyTree:
-    task_params = family.sample(key)
-    params = family.init(key, task_params)
-    batches = {split: family.batch(key, task_params, split) for split in ("train", "test")}
-    loss_and_gradients = jax.value_and_grad(family.loss, has_aux=True)
-    (loss, metrics), gradients = loss_and_gradients(params, key, batches["train"], task_params)
-    return task_params, params, batches, metrics, gradients, family.normalize(loss, task_params)
-
-  program = jax.jit(everything).lower(jax.random.key(0)).as_text()
-  return hashlib.sha256(f"{family.loss_cap}{program}".encode()).hexdigest()
-
-
-def _fingerprint_of(family: TaskFamily, entry: _Entry) -> str:
-  """A hash of all that an optimizer does to parameters of a family: its update as compiled, and θ."""
-
-  def update(theta: Theta, rate: base.Scalar, num_steps: Int[Array, ""], key: PRNGKey) -> PyTree:
-    params = family.init(key, family.sample(key))
-    tx = entry.rated(theta, rate, num_steps)
-    state = tx.init(params)
-    return tx.update(params, state, params, value=rate), baselines.evaluation_params(state, params)
-
-  lowered = jax.jit(update).lower(entry.theta, jnp.float32(1), jnp.int32(1), jax.random.key(0)).as_text()
-  digest = hashlib.sha256(f"{entry.unit}{entry.recommended}{lowered}".encode())
-  for leaf in jax.tree.leaves(entry.theta):
-    digest.update(np.asarray(leaf).tobytes())
-  return digest.hexdigest()
-
-
-@functools.cache
-def _sources() -> str:
-  """A hash of the files that say how runs are made."""
-  there = [Path(module.__file__ or "") for module in (inner_runs, inner_training, unrolls, parallel)]
-  return hashlib.sha256(b"".join(path.read_bytes() for path in (Path(__file__), *there))).hexdigest()
 
 
 def _describe(task_params: TaskParams) -> str:

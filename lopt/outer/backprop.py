@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from lopt import base, checks
-from lopt.outer import unrolls
+from lopt.outer import unrolls, vectors
 
 
 class FullState(NamedTuple):
@@ -112,7 +112,7 @@ def _truncated(
   def estimate(
     key: base.PRNGKey, theta: base.Theta, state: TruncatedState
   ) -> tuple[base.Theta, TruncatedState, base.Metrics]:
-    flat, unravel = unrolls.ravel(theta)
+    flat, unravel = vectors.ravel(theta)
 
     def advance_block(state: TruncatedState) -> tuple[TruncatedState, Float[Array, "N P"], unrolls.Losses]:
       keys = jax.vmap(jax.random.split)(unrolls.group_keys(key, state.index))[:, 1]
@@ -136,7 +136,7 @@ def _full(
     return FullState(jnp.arange(num_runs), jnp.full(num_runs, unrolls.mean_horizon(problem, key)))
 
   def estimate(key: base.PRNGKey, theta: base.Theta, state: FullState) -> tuple[base.Theta, FullState, base.Metrics]:
-    flat, unravel = unrolls.ravel(theta)
+    flat, unravel = vectors.ravel(theta)
 
     def differentiate_block(index: Int[Array, " N"]) -> tuple[Float[Array, "N P"], unrolls.Losses]:
       keys = jax.vmap(jax.random.split)(unrolls.group_keys(key, index))[:, 1]
@@ -171,7 +171,7 @@ def _clipped(gradients: Float[Array, "N P"], norm: float | None) -> Float[Array,
 def _unroll_episode(
   problem: base.UnrolledProblem,
   thetas: Float[Array, "N 1 P"],
-  unravel: unrolls.Unravel,
+  unravel: vectors.Unravel,
   keys: Key[Array, " N"],
   max_horizon: int,
 ) -> unrolls.Losses:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
-from lopt.outer import unrolls
+from lopt.outer import unrolls, vectors
 
 
 class FullState(NamedTuple):
@@ -63,7 +63,7 @@ def build(
     ValueError: For counts below 1 or σ ≤ 0.
   """
   checks.counts(num_pairs=num_pairs, pairs_per_block=pairs_per_block)
-  unrolls.check_sigma(sigma)
+  vectors.check_sigma(sigma)
   if unroll_length is None:
     return _full(problem, num_pairs, sigma, pairs_per_block)
   checks.counts(unroll_length=unroll_length)
@@ -78,16 +78,16 @@ def _full(
     return FullState(jnp.arange(num_pairs), jnp.full(num_pairs, unrolls.mean_horizon(problem, key)))
 
   def estimate(key: base.PRNGKey, theta: base.Theta, state: FullState) -> tuple[base.Theta, FullState, base.Metrics]:
-    flat, unravel = unrolls.ravel(theta)
+    flat, unravel = vectors.ravel(theta)
 
     def unroll_block(index: Int[Array, " N"]) -> tuple[Float[Array, "N P"], unrolls.Losses]:
       keys = jax.vmap(jax.random.split)(unrolls.group_keys(key, index))
-      epsilon = unrolls.perturbations(keys[:, 0], sigma, flat)
-      thetas = unrolls.perturbed(flat, epsilon, signs=(1, -1))
+      epsilon = vectors.perturbations(keys[:, 0], sigma, flat)
+      thetas = vectors.perturbed(flat, epsilon, signs=(1, -1))
       return epsilon, unrolls.unroll_episode(problem, thetas, unravel, keys[:, 1])
 
     epsilon, losses = unrolls.in_blocks(unroll_block, problem, pairs_per_block, state.index)
-    gradients = unrolls.antithetic_gradients(epsilon, losses.first, sigma, state.mean_horizon[0])
+    gradients = vectors.antithetic_gradients(epsilon, losses.first, sigma, state.mean_horizon[0])
     metrics = unrolls.metrics(gradients, losses, state.mean_horizon[0])
     return unravel(jnp.mean(gradients, axis=0)), state, metrics
 
@@ -110,21 +110,21 @@ def _truncated(
   def estimate(
     key: base.PRNGKey, theta: base.Theta, state: TruncatedState
   ) -> tuple[base.Theta, TruncatedState, base.Metrics]:
-    flat, unravel = unrolls.ravel(theta)
+    flat, unravel = vectors.ravel(theta)
 
     def advance_block(
       state: TruncatedState,
     ) -> tuple[TruncatedState, Float[Array, "N P"], unrolls.Losses]:
       keys = jax.vmap(jax.random.split)(unrolls.group_keys(key, state.index))
-      epsilon = unrolls.perturbations(keys[:, 0], sigma, flat)
-      thetas = unrolls.perturbed(flat, epsilon, signs=(1, -1, 0))
+      epsilon = vectors.perturbations(keys[:, 0], sigma, flat)
+      thetas = vectors.perturbed(flat, epsilon, signs=(1, -1, 0))
       start = state.episodes._replace(state=unrolls.copies(state.episodes.state, 3))
       end, losses = unrolls.unroll_window(problem, thetas, unravel, start, keys[:, 1], unroll_length)
       mean_run = jax.tree.map(lambda x: x[:, 2], end.state)
       return TruncatedState(state.index, end._replace(state=mean_run)), epsilon, losses
 
     state, epsilon, losses = unrolls.in_blocks(advance_block, problem, pairs_per_block, state)
-    gradients = unrolls.antithetic_gradients(epsilon, losses.first + losses.rest, sigma, unroll_length)
+    gradients = vectors.antithetic_gradients(epsilon, losses.first + losses.rest, sigma, unroll_length)
     return unravel(jnp.mean(gradients, axis=0)), state, unrolls.metrics(gradients, losses, unroll_length)
 
   return base.GradientEstimator(init, estimate)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from lopt import base, checks
-from lopt.outer import unrolls
+from lopt.outer import unrolls, vectors
 
 Method = Literal["rtrl", "uoro"]
 Floats = tuple[Float[Array, "..."], ...]  # the leaves of a state that have derivatives
@@ -75,12 +75,12 @@ def build(
   begin, advance = (_rtrl if method == "rtrl" else _uoro)(problem, unroll_length)
 
   def init(key: base.PRNGKey, theta: base.Theta) -> RTRLState | UOROState:
-    flat, _ = unrolls.ravel(theta)
+    flat, _ = vectors.ravel(theta)
     index = jnp.arange(num_runs)
     return begin(index, unrolls.before_first(problem, key, index, particles=(1,), stagger=stagger), flat)
 
   def estimate(key: base.PRNGKey, theta: base.Theta, state):
-    flat, unravel = unrolls.ravel(theta)
+    flat, unravel = vectors.ravel(theta)
 
     def advance_block(state):
       keys = jax.vmap(jax.random.split)(unrolls.group_keys(key, state.index))
@@ -99,7 +99,7 @@ def _rtrl(problem: base.UnrolledProblem, length: int):
     jacobian = tuple(jnp.zeros((len(x), theta.size, *x.shape[1:]), x.dtype) for x in floats)
     return RTRLState(index, episodes, jacobian)
 
-  def advance(keys: Key[Array, "N 2"], theta: Float[Array, " P"], unravel: unrolls.Unravel, state: RTRLState):
+  def advance(keys: Key[Array, "N 2"], theta: Float[Array, " P"], unravel: vectors.Unravel, state: RTRLState):
     window, at = _window(problem, theta, unravel, state.episodes, keys[:, 1], length)
 
     def along(direction: Float[Array, " P"], floats: Floats):
@@ -119,7 +119,7 @@ def _uoro(problem: base.UnrolledProblem, length: int):
     zeros = jnp.zeros((len(index), theta.size), theta.dtype)
     return UOROState(index, episodes, tuple(map(jnp.zeros_like, floats)), zeros)
 
-  def advance(keys: Key[Array, "N 2"], theta: Float[Array, " P"], unravel: unrolls.Unravel, state: UOROState):
+  def advance(keys: Key[Array, "N 2"], theta: Float[Array, " P"], unravel: vectors.Unravel, state: UOROState):
     window, at = _window(problem, theta, unravel, state.episodes, keys[:, 1], length)
     _, (along_s_tilde, moved), _ = jax.jvp(window, at, (jnp.zeros_like(at[0]), state.s_tilde), has_aux=True)
     (loss, end), pull_back, (episodes, losses) = jax.vjp(lambda thetas: window(thetas, at[1]), at[0], has_aux=True)
@@ -143,7 +143,7 @@ def _uoro(problem: base.UnrolledProblem, length: int):
 def _window(
   problem: base.UnrolledProblem,
   theta: Float[Array, " P"],
-  unravel: unrolls.Unravel,
+  unravel: vectors.Unravel,
   episodes: unrolls.Episodes,
   keys: Key[Array, " N"],
   length: int,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
-from lopt.outer import unrolls
+from lopt.outer import unrolls, vectors
 
 
 class Noise(NamedTuple):
@@ -86,7 +86,7 @@ def build(
     ValueError: For counts below 1, σ ≤ 0, a period that is no multiple of K, or a longer one with `analytic`.
   """
   checks.counts(num_pairs=num_pairs, unroll_length=unroll_length, pairs_per_block=pairs_per_block)
-  unrolls.check_sigma(sigma)
+  vectors.check_sigma(sigma)
   noise_period = unroll_length if noise_period is None else noise_period
   checks.counts(noise_period=noise_period)
   if noise_period % unroll_length:
@@ -101,25 +101,25 @@ def build(
 
   def init(key: base.PRNGKey, theta: base.Theta) -> PESState:
     index = jnp.arange(num_pairs)
-    flat, _ = unrolls.ravel(theta)
+    flat, _ = vectors.ravel(theta)
     episodes = unrolls.before_first(problem, key, index, particles=(particles,), stagger=stagger)
     zeros = jnp.zeros((num_pairs, flat.size), flat.dtype)
     noise = Noise(zeros, jnp.zeros(num_pairs, jnp.int32)) if windows > 1 else None
     return PESState(index, episodes, zeros, noise)
 
   def estimate(key: base.PRNGKey, theta: base.Theta, state: PESState) -> tuple[base.Theta, PESState, base.Metrics]:
-    flat, unravel = unrolls.ravel(theta)
+    flat, unravel = vectors.ravel(theta)
 
     def advance_block(state: PESState) -> tuple[PESState, Float[Array, "N P"], unrolls.Losses]:
       keys = jax.vmap(jax.random.split)(unrolls.group_keys(key, state.index))
-      drawn = unrolls.perturbations(keys[:, 0], sigma, flat)
+      drawn = vectors.perturbations(keys[:, 0], sigma, flat)
       if state.noise is None:
         due, epsilon, thetas_of_new = jnp.ones(len(drawn), bool), drawn, None
       else:
         due = state.noise.windows_left == 0
         epsilon = unrolls.where_group(due, drawn, state.noise.epsilon)
-        thetas_of_new = unrolls.perturbed(flat, drawn, signs=(1, -1))
-      thetas = unrolls.perturbed(flat, epsilon, signs=(1, -1))
+        thetas_of_new = vectors.perturbed(flat, drawn, signs=(1, -1))
+      thetas = vectors.perturbed(flat, epsilon, signs=(1, -1))
       pair = state.episodes._replace(state=jax.tree.map(lambda x: x[:, :2], state.episodes.state))
       episodes, losses = unrolls.unroll_window(
         problem, thetas, unravel, pair, keys[:, 1], unroll_length, thetas_of_new=thetas_of_new
@@ -131,12 +131,12 @@ def build(
         g_old, g_new = gradients_of(1.0, 0.0), gradients_of(0.0, 1.0)
         explained = jnp.sum(epsilon * g_old, axis=1, keepdims=True) * jnp.array([[1.0, -1.0]])
         gradients = (g_old + g_new) / unroll_length
-        gradients += unrolls.antithetic_gradients(state.xi, losses.first - explained, sigma, unroll_length)
+        gradients += vectors.antithetic_gradients(state.xi, losses.first - explained, sigma, unroll_length)
         both = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), episodes.state, mean.state)
         episodes = episodes._replace(state=both)
       else:
-        gradients = unrolls.antithetic_gradients(xi_old, losses.first, sigma, unroll_length)
-        gradients += unrolls.antithetic_gradients(drawn, losses.rest, sigma, unroll_length)
+        gradients = vectors.antithetic_gradients(xi_old, losses.first, sigma, unroll_length)
+        gradients += vectors.antithetic_gradients(drawn, losses.rest, sigma, unroll_length)
       xi = unrolls.where_group(losses.restarted, drawn, xi_old)
       noise = state.noise
       if noise is not None:

@@ -10,13 +10,12 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lopt import base
+from lopt.outer import vectors
 
 Tree = TypeVar("Tree")
-Unravel = Callable[[Float[Array, " P"]], base.Theta]
 
 
 CACHED_BYTES = 2**13  # of inner state, one particle a group: what a step makes of it on the way is many times more
@@ -39,32 +38,6 @@ class Losses(NamedTuple):
   steps: Int[Array, " groups"]  # inner steps that each particle took
   restarted: Bool[Array, " groups"]  # whether any did
   diverged: Bool[Array, "groups particles"]  # whether any loss was capped
-
-
-def check_sigma(sigma: float) -> None:
-  """Raises ValueError unless the perturbations' standard deviation is positive."""
-  if not 0 < sigma < math.inf:
-    raise ValueError(f"sigma: must be above 0 and finite, not {sigma}")
-
-
-def ravel(theta: base.Theta) -> tuple[Float[Array, " P"], Unravel]:
-  """θ as one float32 vector, and the way back; raises TypeError for leaves that cannot be perturbed."""
-  for path, leaf in jax.tree_util.tree_leaves_with_path(theta):
-    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-      raise TypeError(f"theta{jax.tree_util.keystr(path)}: {jnp.result_type(leaf)} is not a floating-point type")
-  return ravel_pytree(theta)
-
-
-def perturbations(keys: Key[Array, " groups"], sigma: float, theta: Float[Array, " P"]) -> Float[Array, "groups P"]:
-  """ε ~ N(0, σ²I), one a group."""
-  return sigma * jax.vmap(lambda key: jax.random.normal(key, theta.shape, theta.dtype))(keys)
-
-
-def perturbed(
-  theta: Float[Array, " P"], epsilon: Float[Array, "groups P"], *, signs: tuple[int, ...]
-) -> Float[Array, "groups particles P"]:
-  """θ + sign·ε for each particle of each group."""
-  return theta[None, None] + jnp.array(signs, theta.dtype)[None, :, None] * epsilon[:, None, :]
 
 
 def mean_horizon(problem: base.UnrolledProblem, key: base.PRNGKey) -> base.Scalar:
@@ -127,7 +100,7 @@ def copies(state: base.State, particles: int) -> base.State:
 def advance(
   problem: base.UnrolledProblem,
   thetas: Float[Array, "groups particles P"],
-  unravel: Unravel,
+  unravel: vectors.Unravel,
   state: base.State,
   keys: Key[Array, " groups"],
 ) -> tuple[base.State, Float[Array, "groups particles"], Bool[Array, "groups particles"]]:
@@ -150,7 +123,7 @@ def bounded(loss: Float[Array, "*any"], cap: float) -> tuple[Float[Array, "*any"
 def unroll_window(
   problem: base.UnrolledProblem,
   thetas: Float[Array, "groups particles P"],
-  unravel: Unravel,
+  unravel: vectors.Unravel,
   episodes: Episodes,
   keys: Key[Array, " groups"],
   length: int,
@@ -211,7 +184,7 @@ def unroll_window(
 def differentiate_window(
   problem: base.UnrolledProblem,
   theta: Float[Array, " P"],
-  unravel: Unravel,
+  unravel: vectors.Unravel,
   episodes: Episodes,
   keys: Key[Array, " groups"],
   length: int,
@@ -250,7 +223,7 @@ def finite_or_zero(gradients: Float[Array, "groups P"]) -> Float[Array, "groups 
 def unroll_episode(
   problem: base.UnrolledProblem,
   thetas: Float[Array, "groups particles P"],
-  unravel: Unravel,
+  unravel: vectors.Unravel,
   keys: Key[Array, " groups"],
 ) -> Losses:
   """One whole episode of every particle, from its first step to its last."""
@@ -299,16 +272,6 @@ def in_blocks(
   blocks = jax.tree.map(lambda x: x.reshape(groups // size, size, *x.shape[1:]), args)
   results = jax.lax.map(lambda block: function(*block), blocks)
   return jax.tree.map(lambda x: x.reshape(groups, *x.shape[2:]), results)
-
-
-def antithetic_gradients(
-  weights: Float[Array, "groups P"],
-  losses: Float[Array, "groups particles"],
-  sigma: float,
-  steps: base.Scalar | float | int,
-) -> Float[Array, "groups P"]:
-  """Each pair's w (L⁺ - L⁻) / (2σ² steps); particles beyond the pair have no part in it."""
-  return weights * ((losses[:, :1] - losses[:, 1:2]) / (2 * sigma**2 * steps))
 
 
 def metrics(gradients: Float[Array, "groups P"], losses: Losses, steps: base.Scalar | float | int) -> base.Metrics:

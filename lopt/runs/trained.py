@@ -3,7 +3,6 @@
     optimizer = lopt.load("adafactor_mlp")  # which comes with lopt; or lopt.load("runs/digits")
     tx = optimizer(num_steps=10_000)  # recommended learning rate, warm-up and cosine to zero
     tx = optimizer(learning_rate=1e-2, weight_decay=0.01)  # or a schedule; as optax.adamw
-    tx = optax.chain(optimizer.direction(), optax.scale_by_learning_rate(schedule))
 
 Leaves of θ are named by their path in the pytree, such as `mlp/~/linear_0/w`. The header has the strings
 
@@ -14,8 +13,8 @@ Leaves of θ are named by their path in the pytree, such as `mlp/~/linear_0/w`. 
     architecture    JSON: {"name": "mlp", **options}, all that is needed to use θ
     config          JSON: the whole configuration of the meta-training run, for the record
 
-The same θ and configuration give the same bytes. A file may come from anybody: nothing in it chooses what is imported
-or run, and it is checked before memory or time is spent on it.
+The same θ and configuration give the same bytes. A file may come from anybody: nothing in it chooses what is run, and
+it is checked before memory or time is spent on it.
 """
 
 import json
@@ -289,11 +288,10 @@ def _build(path: str | Path, section: dict[str, Any], modules: Collection[str]) 
 
 def _check_size(section: Any) -> None:
   """Raises ValueError if options are such that they could make a lot of work."""
-  todo, count = [section], 0
+  todo, seen = [section], 0
   while todo:
-    value = todo.pop()
-    count += 1
-    if count > _MAX_OPTIONS:
+    value, seen = todo.pop(), seen + 1
+    if seen > _MAX_OPTIONS:
       raise ValueError(f"it has more than {_MAX_OPTIONS} options")
     if isinstance(value, (dict, list)):
       todo += value.values() if isinstance(value, dict) else value

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
-from lopt.tasks import datasets, images, ranges
+from lopt.tasks import datasets, examples, images, ranges
 
 LOSS_CAP = 10.0
 """In units of the loss of a uniform guess. With the default ranges runs start below 6, so that only diverged runs
@@ -29,22 +28,6 @@ LOSSES = ("cross_entropy", "mean_squared_error")
 
 Network = Callable[[Float[Array, "B height width channels"], images.Activation, int], Float[Array, "B outputs"]]
 """`(inputs, activation, number of outputs) -> logits`, for `hk.transform`."""
-
-
-class LabelNoise(NamedTuple):
-  """Which training examples bear a wrong label."""
-
-  probability: base.Scalar
-  seed: UInt32[Array, ""]
-  """Of the hash that picks examples and their labels."""
-
-
-class Subset(NamedTuple):
-  """Which training examples of each class are used: neighbours on the ring of them all."""
-
-  fraction: base.Scalar
-  start: base.Scalar
-  """The first one's place on the ring, 0 to 1."""
 
 
 class Task(NamedTuple):
@@ -65,10 +48,10 @@ class Task(NamedTuple):
   """Index into the family's `losses`."""
   width_fraction: base.Scalar | None = None
   """The fraction of the units behind each activation that are in use."""
-  label_noise: LabelNoise | None = None
+  label_noise: examples.LabelNoise | None = None
   input_noise: base.Scalar | None = None
   """Standard deviation of the noise on the pixels of training examples, before the input scale."""
-  subset: Subset | None = None
+  subset: examples.Subset | None = None
 
 
 class Examples(NamedTuple):
@@ -94,14 +77,6 @@ def with_options(build: Callable[..., base.TaskFamily]) -> Callable[..., base.Ta
   with_all.__annotations__ = {**types, **build.__annotations__}
   with_all.__signature__ = inspect.Signature(list(keywords.values()))  # pyright: ignore[reportAttributeAccessIssue]
   return with_all
-
-
-class _Split(NamedTuple):
-  """Examples sorted by class: those of class c are rows offsets[c] ... offsets[c] + counts[c] - 1."""
-
-  images: Array
-  offsets: Array
-  counts: Array
 
 
 def family(
@@ -192,7 +167,7 @@ def family(
   checks.require(
     most_classes <= data.num_classes, "max_classes", max_classes, f"at most {dataset}'s {data.num_classes}"
   )
-  splits = {name: _sort_by_class(data, name, dataset) for name in base.SPLITS}
+  splits = {name: examples.sort_by_class(data, name, dataset) for name in base.SPLITS}
   image_shape = data.train.images.shape[1:]
 
   def forward(inputs: Float[Array, "B pixels"], task_params: Task) -> Float[Array, "B classes"]:
@@ -209,11 +184,13 @@ def family(
     optional["width_fraction"] = lambda u, _: ranges.log_uniform(u, width_fraction)
   if label_noise is not None:
     # 2²³ is how many values a uniform float32 has.
-    optional["label_noise"] = lambda u, v: LabelNoise(ranges.between(u, label_noise), (v * 2**23).astype(jnp.uint32))
+    optional["label_noise"] = lambda u, v: examples.LabelNoise(
+      ranges.between(u, label_noise), (v * 2**23).astype(jnp.uint32)
+    )
   if input_noise is not None:
     optional["input_noise"] = lambda u, _: ranges.between(u, input_noise)
   if data_fraction is not None:
-    optional["subset"] = lambda u, v: Subset(ranges.log_uniform(u, data_fraction), v)
+    optional["subset"] = lambda u, v: examples.Subset(ranges.log_uniform(u, data_fraction), v)
 
   def sample(key: base.PRNGKey) -> Task:
     # One draw for all: tasks are drawn inside of unrolls, where draws take longer than what is made of them.
@@ -243,17 +220,17 @@ def family(
       noise = task_params.input_noise * jax.random.normal(noise_key, (batch_size, math.prod(image_shape)))
     # One draw serves both choices: its high part is the label, what remains of it is again uniform and picks the
     # example. Of the 2³² values each example gets the same number, give or take one.
-    labels, rest = _scale_bits(jax.random.bits(key, (batch_size,), jnp.uint32), task_params.num_classes)
+    labels, rest = examples.scale_bits(jax.random.bits(key, (batch_size,), jnp.uint32), task_params.num_classes)
     classes = task_params.classes[labels]
     if train and task_params.subset is not None:
       used = jnp.maximum(jnp.rint(task_params.subset.fraction * counts).astype(jnp.int32), 1)
       start = (task_params.subset.start * counts).astype(jnp.int32)
-      rows = (start[classes] + _scale_bits(rest, used[classes])[0]) % counts[classes]
+      rows = (start[classes] + examples.scale_bits(rest, used[classes])[0]) % counts[classes]
     else:
-      rows, _ = _scale_bits(rest, counts[classes])
+      rows, _ = examples.scale_bits(rest, counts[classes])
     rows = offsets[classes] + rows
     if train and task_params.label_noise is not None:
-      labels = _mislabel(labels, rows, task_params.num_classes, task_params.label_noise)
+      labels = examples.mislabel(labels, rows, task_params.num_classes, task_params.label_noise)
     inputs = pixels[rows].astype(jnp.float32) * (task_params.input_scale / data.max_value)
     return Examples(inputs if noise is None else inputs + task_params.input_scale * noise, labels)
 
@@ -291,36 +268,3 @@ def _brier_score(logits: Float[Array, "B classes"], labels: Int[Array, " B"]) ->
 
 _LOSSES = {"cross_entropy": _cross_entropy, "mean_squared_error": _brier_score}
 _UNITS = {"cross_entropy": lambda n: jnp.log(n), "mean_squared_error": lambda n: 1 - 1 / n}
-
-
-def _mislabel(
-  labels: Int[Array, " B"], rows: Int[Array, " B"], num_classes: Int[Array, ""], noise: LabelNoise
-) -> Int[Array, " B"]:
-  """Replaces the labels of some examples, by a hash of the seed and the example's row in the data set."""
-  key = jax.random.key(noise.seed)
-  uniform = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row), (2,)))(rows)
-  wrong = (labels + 1 + (uniform[:, 1] * (num_classes - 1)).astype(jnp.int32)) % num_classes
-  return jnp.where(uniform[:, 0] < noise.probability, wrong, labels)
-
-
-def _sort_by_class(data: datasets.Dataset, split: str, dataset: str) -> _Split:
-  pixels, labels = (np.asarray(x) for x in getattr(data, split))
-  counts = np.bincount(labels, minlength=data.num_classes)
-  if counts.min() < 1 or counts.max() >= 2**16:
-    raise ValueError(
-      f"dataset={dataset!r}: must have 1 to 65535 examples of each class, and has {counts.min()} to "
-      f"{counts.max()} in split {split!r}"
-    )
-  order = np.argsort(labels, kind="stable")
-  return _Split(
-    images=jnp.asarray(pixels[order].reshape(len(pixels), -1)),
-    offsets=jnp.asarray(np.cumsum(counts) - counts, jnp.int32),
-    counts=jnp.asarray(counts, jnp.int32),
-  )
-
-
-def _scale_bits(bits: UInt32[Array, " B"], n: Int[Array, "..."]) -> tuple[Int[Array, " B"], UInt32[Array, " B"]]:
-  """⌊u·n⌋ and the bits of the fraction u·n − ⌊u·n⌋, for u = bits / 2³² in [0, 1) and n < 2¹⁶."""
-  n = jnp.broadcast_to(n.astype(jnp.uint32), bits.shape)
-  high = ((bits >> 16) * n + ((bits & 0xFFFF) * n >> 16)) >> 16  # of the 48 bits of bits·n, those above 2³²
-  return high.astype(jnp.int32), bits * n

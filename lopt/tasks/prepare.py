@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from lopt.tasks import datasets
+from lopt.tasks import preparation
 
 
 def prepare(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -28,8 +28,8 @@ def prepare(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Pat
     ValueError, OSError: as for `lopt.tasks.datasets.load`, and what TFDS raises.
   """
   try:
-    return datasets.prepare(name, data_dir=data_dir)
-  except datasets.NeedsTensorFlowError:
+    return preparation.prepare(name, data_dir=data_dir)
+  except preparation.NeedsTensorFlowError:
     if importlib.util.find_spec("tensorflow") is None:
       raise ModuleNotFoundError(
         f"dataset={name!r} needs TensorFlow to be prepared (not to be used): pip install 'lopt[prepare]'"

@@ -10,7 +10,7 @@ import pytest
 
 from lopt.architectures import direction, mlp
 from lopt.base import LearnedOptimizer, TaskFamily
-from lopt.evaluation import baselines, comparison, held_out, inner_runs
+from lopt.evaluation import baselines, comparison, held_out, identity, inner_runs
 from lopt.evaluation.comparison import CONTROL, EACH, NONE, ONE, RECOMMENDED
 
 STEPS = 20
@@ -183,9 +183,9 @@ def test_fingerprints_tell_families_and_their_data_apart():
     return family()._replace(batch=lambda key, task_params, split: {"z": data})
 
   families = [family(), family(0.1), with_data([0.0, 1.0]), with_data([0.0, 2.0]), family()._replace(loss_cap=7.0)]
-  assert len({held_out._fingerprint(x) for x in families}) == 5
-  assert held_out._fingerprint(family()) == held_out._fingerprint(family())
-  assert held_out._fingerprint(with_data([0.0, 1.0])) == held_out._fingerprint(with_data([0.0, 1.0]))
+  assert len({identity.of_family(x) for x in families}) == 5
+  assert identity.of_family(family()) == identity.of_family(family())
+  assert identity.of_family(with_data([0.0, 1.0])) == identity.of_family(with_data([0.0, 1.0]))
 
 
 def test_tuning_extends_the_grid_of_the_tasks_whose_best_is_at_its_end():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lopt import base
-from lopt.outer import backprop, es, forward, pes, unrolls
+from lopt.outer import backprop, es, forward, pes, unrolls, vectors
 
 
 @pytest.fixture(autouse=True)
@@ -189,13 +189,13 @@ def test_truncated_es_tends_to_truncated_backpropagation(horizon):
   evolution = es.build(problem(horizon, horizon), num_pairs=1, sigma=sigma, **options)
   backwards = backprop.build(problem(horizon, horizon), num_runs=1, **options)
   a, b = (x.init(jax.random.key(1), theta()) for x in (evolution, backwards))
-  vector, _ = unrolls.ravel(theta())
+  vector, _ = vectors.ravel(theta())
   for i in range(4):
     key = jax.random.key(10 + i)
     estimate, a, _ = evolution.estimate(key, theta(), a)
     g, b, _ = backwards.estimate(key, theta(), b)
     noise_key, _ = jax.random.split(jax.random.fold_in(key, 0))
-    epsilon = np.asarray(unrolls.perturbations(noise_key[None], sigma, vector))[0]
+    epsilon = np.asarray(vectors.perturbations(noise_key[None], sigma, vector))[0]
     np.testing.assert_allclose(flat(estimate), epsilon * (epsilon @ flat(g)) / sigma**2, rtol=1e-6)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lopt import base
-from lopt.outer import backprop, es, final_loss, forward, parallel, pes, unrolls
+from lopt.outer import backprop, es, final_loss, forward, parallel, pes, vectors
 
 THETA = {"w": jnp.array([0.3, -0.2]), "b": jnp.float32(0.1)}
 
@@ -82,7 +82,7 @@ class Reference:
 
   def __init__(self, problem, theta, state, sigma, unroll_length, noise_period):
     self.problem, self.sigma, self.unroll_length, self.noise_period = problem, sigma, unroll_length, noise_period
-    flat, self.unravel = unrolls.ravel(theta)
+    flat, self.unravel = vectors.ravel(theta)
     self.xi = np.zeros((len(state.index), flat.size))
     self.epsilon = np.zeros_like(self.xi)
     self.unrolled_with_it = [np.inf] * len(state.index)  # steps' worth of windows since ε was drawn
@@ -90,7 +90,7 @@ class Reference:
   def estimate(self, key, theta, state):
     """The gradient of one window that starts from the estimator's own state."""
     estimates = []
-    flat, _ = unrolls.ravel(theta)
+    flat, _ = vectors.ravel(theta)
     for pair, index in enumerate(state.index):
       noise_key, key_of_steps = jax.random.split(jax.random.fold_in(key, index))
       fresh = np.asarray(self.sigma * jax.random.normal(noise_key, flat.shape))
@@ -154,7 +154,7 @@ def test_noise_kept_for_an_episode_is_full_es_in_parts():
   )
   estimator = pes.build(steady, num_pairs=1, sigma=0.1, unroll_length=4, noise_period=12, stagger=False)
   windows = run(estimator, 3)
-  flat, unravel = unrolls.ravel(THETA)
+  flat, unravel = vectors.ravel(THETA)
   noise_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(10), 0))
   epsilon = 0.1 * jax.random.normal(noise_key, flat.shape)
   losses = []

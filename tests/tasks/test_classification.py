@@ -9,7 +9,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from lopt.tasks import classification, datasets, mlp_classifier
+from lopt.tasks import datasets, examples, mlp_classifier
 
 PER_CLASS = 1000
 CLASSES = 4
@@ -167,7 +167,7 @@ def test_scale_bits_is_exact():
   edges = [0, 1, 2**16 - 1, 2**16, 2**31, 2**32 - 1]
   bits = np.concatenate([np.array(edges, np.uint32), generator.integers(0, 2**32, 2000, np.uint32)])
   for n in (1, 2, 3, 10, 143, 6000, 2**15 + 1, 2**16 - 1):
-    high, rest = classification._scale_bits(jnp.asarray(bits), jnp.int32(n))
+    high, rest = examples.scale_bits(jnp.asarray(bits), jnp.int32(n))
     products = [int(b) * n for b in bits]
     np.testing.assert_array_equal(high, [p >> 32 for p in products])
     np.testing.assert_array_equal(rest, np.array([p & 0xFFFFFFFF for p in products], np.uint32))

@@ -20,7 +20,7 @@ import PIL.Image
 import pytest
 import sklearn.datasets
 
-from lopt.tasks import datasets
+from lopt.tasks import datasets, preparation
 
 MANUAL_DIR = os.environ.get("LOPT_MANUAL_DIR")
 IDX_FILES = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -317,14 +317,14 @@ def test_processes_that_prepare_the_same_set_at_once(data_dir, tmp_path):
   # They wait for each other just before TFDS starts, so that both of them prepare.
   code = """
 import pathlib, sys, time
-from lopt.tasks import datasets
-original = datasets._digits_builder
+from lopt.tasks import datasets, preparation
+original = preparation._digits_builder
 def builder(folder):
   pathlib.Path(sys.argv[1], sys.argv[2]).touch()
   while len(list(pathlib.Path(sys.argv[1]).glob("ready*"))) < 2:
     time.sleep(0.01)
   return original(folder)
-datasets._digits_builder = builder
+preparation._digits_builder = builder
 print(datasets.load("digits", data_dir=sys.argv[1]).train.images.sum())
 """
   processes = [run_python(code, tmp_path, f"ready{i}") for i in range(2)]
@@ -378,7 +378,7 @@ def test_the_highest_version_is_taken(digits_dir):
   shutil.copytree(versions / "1.0.0", versions / "10.0.0")
   shutil.copytree(versions / "1.0.0", versions / "9.0.0")
   (versions / "11.0.0").mkdir()  # incomplete
-  assert datasets._newest_version(versions) == versions / "10.0.0"
+  assert preparation.newest_version(versions) == versions / "10.0.0"
 
 
 def test_the_default_directory_is_tfds_own(digits_dir, monkeypatch):
@@ -449,7 +449,7 @@ def test_a_download_that_breaks_off(tmp_path, monkeypatch):
     raise requests.ConnectionError("Connection reset by peer")
 
   monkeypatch.delenv("LOPT_MANUAL_DIR", raising=False)
-  monkeypatch.setattr(datasets, "_check_sources", lambda *args: None)
+  monkeypatch.setattr(preparation, "_check_sources", lambda *args: None)
   monkeypatch.setattr(tfds.download.DownloadManager, "download", fail)
   with pytest.raises(OSError, match="download failed") as error_info:
     datasets.load("mnist", data_dir=tmp_path)
@@ -491,7 +491,7 @@ def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch):
   def fail(folder):
     raise RuntimeError("write() failed: No space left on device; writing x; at byte 4096")
 
-  monkeypatch.setattr(datasets, "_digits_builder", fail)
+  monkeypatch.setattr(preparation, "_digits_builder", fail)
   with pytest.raises(OSError, match=r"No space left on device.*5 MB") as error_info:
     datasets.load("digits", data_dir=tmp_path)
   assert str(tmp_path) in one_line(error_info)

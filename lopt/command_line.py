@@ -1,0 +1,62 @@
+"""Configurations as flags of a command, with one line where a flag is wrong."""
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from lopt.signatures import ConfigError
+
+
+def define_flag(name: str, default: str | None, help_string: str) -> flags.FlagHolder[Any]:
+  """`DEFINE_config_file` that takes names, and exits with one line where `--<name>.field=value` is wrong.
+
+  Because ml_collections applies these already here to the default file, and answers with its whole traceback.
+
+  Args:
+    name: of the flag.
+    default: the path of a configuration, or its name: that of a file in the folder `configs` beside the script.
+    help_string: of the flag.
+  """
+  folder = Path(sys._getframe(1).f_globals["__file__"]).parent / "configs"
+  named = re.compile(rf"(--?{name}=)?(\w+)(:.*)?")
+
+  def path(value: str) -> str:
+    found = named.fullmatch(value)
+    if not found:
+      return value
+    if not (folder / f"{found[2]}.py").exists():
+      there = ", ".join(sorted(x.stem for x in folder.glob("*.py")))
+      raise ConfigError(f"--{name}: no configuration {found[2]!r}; there are: {there}; or give the path of a file")
+    return f"{found[1] or ''}{folder / found[2]}.py{found[3] or ''}"
+
+  with _exit_with_one_line(sys.argv[0]):
+    sys.argv[1:] = [path(x) if x.lstrip("-").startswith(f"{name}=") else x for x in sys.argv[1:]]
+    return config_flags.DEFINE_config_file(name, None if default is None else path(default), help_string)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """For `app.run(main, flags_parser=parse_flags)`: exits with one line where a flag or the config file is wrong."""
+  with _exit_with_one_line(argv[0]):
+    rest = flags.FLAGS(argv)
+    for flag in flags.FLAGS:
+      getattr(flags.FLAGS[flag].value, "lock", None)  # fails where the config file could not be read
+    return rest
+
+
+@contextlib.contextmanager
+def _exit_with_one_line(program: str) -> Iterator[None]:
+  try:
+    yield
+  except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    text = str(error.args[-1]).strip()
+    if isinstance(error, (AttributeError, KeyError)):  # how ml_collections says so
+      line = f"the configuration has no such field: {' '.join(text.split())}"
+    else:
+      line = text.splitlines()[-1].strip()  # of an error in the config file: what precedes it is the traceback
+    sys.exit(f"{Path(program).name}: {line.removeprefix(f'{ConfigError.__module__}.ConfigError: ')}")
