@@ -3,9 +3,15 @@ machine, nothing is written outside temporary folders.
 """
 
 import os
+import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
+
+# Jobs in the background of a script ignore Ctrl-C; tests of what it does must not.
+if threading.current_thread() is threading.main_thread():
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports matplotlib, wandb or tfds, which read these once.
 _folder = tempfile.TemporaryDirectory(prefix="lopt-tests-")

@@ -1,5 +1,6 @@
 """The outer loop against a plain one, and what interruptions, calls and devices may not change."""
 
+import functools
 import signal
 
 import jax
@@ -44,6 +45,9 @@ def trainer(steps_per_call=1, seed=0, **options):
   )
 
 
+shared = functools.cache(trainer)  # compiled once for the tests that change nothing about it
+
+
 def run(trained, last_step, first_step=0, state=None, **options):
   records = []
   state = trained.init() if state is None else state
@@ -53,7 +57,7 @@ def run(trained, last_step, first_step=0, state=None, **options):
 
 def test_the_loop_equals_a_plain_one():
   """Estimate, Optax, again, without devices, scan or pmap, on the documented keys."""
-  state, records = run(trainer(), 6)
+  state, records = run(shared(), 6)
   theta_key, particles_key, steps_key = jax.random.split(jax.random.key(0), 3)
   del theta_key
   theta, optimizer = {"shift": jnp.zeros(2)}, optax.adam(0.02)
@@ -84,7 +88,7 @@ def test_it_finds_the_optimum():
 
 
 def test_calls_do_not_matter():
-  one, _ = run(trainer(steps_per_call=1), 6)
+  one, _ = run(shared(), 6)
   three, records = run(trainer(steps_per_call=3), 6)
   np.testing.assert_allclose(one.theta["shift"], three.theta["shift"], rtol=1e-5)
   assert [step for step, _ in records] == [3, 6]
@@ -92,7 +96,7 @@ def test_calls_do_not_matter():
 
 def test_a_run_that_is_saved_and_continued_is_the_same_bit_for_bit():
   saved = {}
-  first = trainer(steps_per_call=2)
+  first = shared(steps_per_call=2)
   every = meta_training.Every(4, lambda step, state: saved.update({step: first.save(state)}))
   uninterrupted, _ = run(first, 10, periodic=[every])
   assert sorted(saved) == [4, 8, 10]
@@ -124,7 +128,7 @@ def test_devices_do_not_matter_and_may_change(monkeypatch, num_devices):
 
 
 def test_seeds_matter():
-  a, _ = run(trainer(seed=0), 2)
+  a, _ = run(shared(), 2)
   b, _ = run(trainer(seed=1), 2)
   assert not np.allclose(a.theta["shift"], b.theta["shift"])
 
@@ -160,7 +164,7 @@ def test_a_theta_that_is_not_finite_stops_the_run():
 def test_an_interrupted_run_saves_at_the_next_step_and_continues_bit_for_bit(capfd, number, code):
   """As by Ctrl-C in a notebook: no process ends, and handlers are as they were."""
   handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-  first, saved = trainer(steps_per_call=2), {}
+  first, saved = shared(steps_per_call=2), {}
   whole, all_records = run(first, 10)
 
   def send(steps, metrics):
@@ -179,7 +183,7 @@ def test_an_interrupted_run_saves_at_the_next_step_and_continues_bit_for_bit(cap
   assert list(saved) == [2]
   assert "stopping after this outer step; once more to stop at once" in capfd.readouterr().err
   assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-  second = trainer(steps_per_call=2)
+  second = shared(steps_per_call=2)
   continued, records = run(second, 10, first_step=2, state=second.load(saved[2]))
   for a, b in zip(jax.tree.leaves(first.save(whole)), jax.tree.leaves(second.save(continued)), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -194,7 +198,7 @@ def test_a_second_signal_stops_at_once():
 
   save = meta_training.Every(1, lambda step, state: pytest.fail("it goes on"), when_interrupted=True)
   with pytest.raises(KeyboardInterrupt) as error:
-    run(trainer(), 10, periodic=[save], progress=send)
+    run(shared(), 10, periodic=[save], progress=send)
   assert not isinstance(error.value, interruption.InterruptedRun)
 
 
@@ -233,7 +237,7 @@ def test_a_dead_run_goes_on_if_it_is_told_to_and_one_that_lives_is_never_dead():
   assert [metrics["dead_steps"] for _, metrics in dead] == [2, 4, 6, 8]
   _, alive = run(far_away(0.1), 8, max_dead_steps=1)
   assert [metrics["dead_steps"] for _, metrics in alive] == [0] * 4
-  _, alive = run(trainer(), 3, max_dead_steps=1)
+  _, alive = run(shared(), 3, max_dead_steps=1)
   assert [metrics["dead_steps"] for _, metrics in alive] == [0] * 3
 
 
