@@ -1,18 +1,19 @@
 """Meta-trains the optimizers that come with lopt, see `lopt/pretrained/`.
 
-    make reproduce-pretrained NAME=adafactor_mlp
+    make reproduce-pretrained NAME=tensor_mlp
 
-which is `meta_train.py --config=experiments/configs/pretrained.py:architecture=adafactor_mlp`: learned directions, by
-PES on the mixture of `mixture.py`. Episodes are of 50 to 400 steps, at learning rates from a third to three times the
-recommended one; what is minimised is the logarithm of the loss, late losses more than early ones, so that getting
-from 0.02 to 0.01 counts as well as getting from 1 to 0.5. PES keeps its noise for the whole episode (NRES,
-ES-Single), which makes meta-gradients less noisy (`../benchmarks/gradient_noise.py`).
+which is `meta_train.py --config=experiments/configs/pretrained.py:architecture=tensor_mlp`: learned directions, by PES on
+the mixture of `mixture.py`. Learning rates are drawn around the recommended one for each episode; what is minimised is
+the logarithm of the loss, late losses more than early ones, so that getting from 0.02 to 0.01 counts as well as getting
+from 1 to 0.5. PES keeps its noise for the whole episode (NRES, ES-Single), which makes meta-gradients less noisy
+(`../benchmarks/gradient_noise.py`).
 
 The estimators that the paper compares with, at as many inner steps: `:architecture=mlp,estimator=es` is truncated ES,
 `:architecture=mlp,estimator=backprop` truncated backpropagation.
 """
 
 import pathlib
+from typing import NamedTuple
 
 import ml_collections
 
@@ -20,8 +21,7 @@ from lopt import configuration
 
 mixture = configuration.load(pathlib.Path(__file__).with_name("mixture.py"))
 
-LONGEST = 400
-NETWORK = {"step_multiplier": 1.0, "zero_output": True, "direction": {"learning_rate": 1e-2}}
+NETWORK = {"step_multiplier": 1.0, "zero_output": True}
 TIME_SCALES = (1, 3, 10, 30, 100)  # longer ones go on changing after the longest run of meta-training
 ARCHITECTURES = {
   "tensor_mlp": {**NETWORK, "step_multiplier": 0.3},
@@ -29,7 +29,24 @@ ARCHITECTURES = {
   "mlp": {**NETWORK, "time_scales": TIME_SCALES, "hidden_sizes": (16, 16)},
   "lstm": {**NETWORK, "hidden_sizes": (16,)},
 }
-NUM_OUTER_STEPS = {"tensor_mlp": 1_500, "adafactor_mlp": 600, "mlp": 400, "lstm": 200}
+
+
+class Settings(NamedTuple):
+  """What differs between them."""
+
+  num_outer_steps: int
+  longest: int = 800  # inner steps
+  learning_rate: float = 2e-2
+  step_spread: float = 2.5
+  late_power: float = 4.0
+
+
+SETTINGS = {
+  "tensor_mlp": Settings(8_000),
+  "adafactor_mlp": Settings(600, longest=400, learning_rate=1e-2, step_spread=3.0, late_power=2.0),  # the first try
+  "mlp": Settings(400),
+  "lstm": Settings(200),
+}
 
 
 def get_config(choices: str = "") -> ml_collections.ConfigDict:
@@ -37,19 +54,18 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   name = config.architecture.name
   if name not in ARCHITECTURES:
     raise configuration.ConfigError(f"architecture={name}: is not pretrained; there are: {', '.join(ARCHITECTURES)}")
-  config.architecture = configuration.choose(f"architecture={name}", architecture=ARCHITECTURES).architecture
-  config.num_outer_steps = NUM_OUTER_STEPS[name]
-  config.horizon.maximum = LONGEST
-  config.step_spread = 3.0
-  config.log_floor = 1e-3
-  config.late_power = 2.0
-  config.loss_cap = 10.0
-  config.outer_optimizer.learning_rate = 1e-2
+  settings = SETTINGS[name]
+  architecture = {**ARCHITECTURES[name], "direction": {"learning_rate": settings.learning_rate}}
+  config.architecture = configuration.choose(f"architecture={name}", architecture={name: architecture}).architecture
+  config.num_outer_steps = settings.num_outer_steps
+  config.horizon.maximum = settings.longest
+  config.step_spread = settings.step_spread
+  config.late_power = settings.late_power
   estimator = config.estimator
   if "sigma" in estimator:
     estimator.sigma = 0.1
   if estimator.name == "pes":
-    estimator.noise_period = LONGEST
+    estimator.noise_period = settings.longest
   if estimator.name == "es":
     estimator.unroll_length = 20
     estimator.num_pairs = 11  # each with a run of its mean: 33 inner runs, where PES has 32
