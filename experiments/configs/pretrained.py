@@ -2,11 +2,11 @@
 
     make reproduce-pretrained NAME=tensor_mlp
 
-which is `meta_train.py --config=experiments/configs/pretrained.py:architecture=tensor_mlp`: learned directions, by PES on
-the mixture of `mixture.py`. Learning rates are drawn around the recommended one for each episode; what is minimised is
-the logarithm of the loss, late losses more than early ones, so that getting from 0.02 to 0.01 counts as well as getting
-from 1 to 0.5. PES keeps its noise for the whole episode (NRES, ES-Single), which makes meta-gradients less noisy
-(`../benchmarks/gradient_noise.py`).
+which is `meta_train.py --config=experiments/configs/pretrained.py:architecture=tensor_mlp`: learned directions, by
+PES on the mixture of `mixture.py`. Learning rates are drawn around the recommended one for each episode; what is
+minimised is the logarithm of the loss, late losses more than early ones, so that getting from 0.02 to 0.01 counts as
+well as getting from 1 to 0.5. PES keeps its noise for the whole episode (NRES, ES-Single), which makes meta-gradients
+less noisy (`../benchmarks/gradient_noise.py`).
 
 The estimators that the paper compares with, at as many inner steps: `:architecture=mlp,estimator=es` is truncated ES,
 `:architecture=mlp,estimator=backprop` truncated backpropagation.
