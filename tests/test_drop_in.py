@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import lopt
-from lopt import base, configuration
+from lopt import base, configuration, experiment
 from lopt.architectures import direction
 from lopt.runs import trained
 
@@ -39,11 +39,8 @@ def test_these_come_with_lopt():
 def test_their_configurations_are_those_of_the_command_that_trains_them_again():
   pretrained = configuration.load(ROOT / "experiments" / "configs" / "pretrained.py")
   for name in NAMES:
-    there, here = lopt.load(name).config, configuration.plain(pretrained.get_config(f"architecture={name}"))
-    for section in ("periodic_evaluation", "evaluation"):  # which change nothing in θ
-      there.pop(section)
-      here.pop(section)
-    assert configuration.difference(there, here) == []
+    here = experiment.complete(configuration.plain(pretrained.get_config(f"architecture={name}")))
+    assert configuration.difference(lopt.load(name).config, here) == []
 
 
 @pytest.mark.parametrize("name", NAMES)

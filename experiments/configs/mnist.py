@@ -1,4 +1,4 @@
-"""Meta-trains an MLP optimizer by PES on classifiers of MNIST; downloads it at the first start.
+"""Meta-trains a learned direction by PES on classifiers of MNIST; downloads it at the first start.
 
     python experiments/meta_train.py --config=experiments/configs/mnist.py --workdir=runs/mnist
 
