@@ -7,6 +7,8 @@ SCALE ?= quick
 NAME ?= tensor_mlp
 SUITE ?= fresh,data,size,horizon,architecture,loss
 BASELINES ?= adamw,muon
+TASKS ?= 3
+SEEDS ?= 2
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE := --universal --fork-strategy fewest --python-version 3.11
@@ -24,9 +26,9 @@ reproduce-pretrained: .venv/runtime  ## train again what comes with lopt: NAME=t
 	$(BIN)/python experiments/meta_train.py --config=experiments/configs/pretrained.py:architecture=$(NAME) \
 	  --workdir=runs/pretrained/$(NAME)
 
-report: .venv/runtime  ## compare what comes with lopt with tuned baselines on held-out suites, into runs/report/report.html
-	$(BIN)/python experiments/evaluate.py --optimizer=tensor_mlp,adafactor_mlp --suite=$(SUITE) \
-	  --baselines=$(BASELINES) --output=runs/report
+report: .venv/runtime  ## compare NAME with tuned baselines on held-out suites, into runs/report/report.html
+	$(BIN)/python experiments/evaluate.py --optimizer=$(NAME) --suite=$(SUITE) --baselines=$(BASELINES) \
+	  --num_tasks=$(TASKS) --num_seeds=$(SEEDS) --output=runs/report
 
 evaluate: .venv/runtime  ## compare the optimizer trained in WORKDIR with tuned baselines on held-out tasks
 	$(BIN)/python experiments/evaluate.py --optimizer=$(WORKDIR)

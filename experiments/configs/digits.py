@@ -1,9 +1,9 @@
-"""Meta-trains an MLP optimizer by PES on small classifiers of handwritten digits; needs no network.
+"""Meta-trains a learned direction by PES on small classifiers of handwritten digits; needs no network.
 
     python experiments/meta_train.py --config=experiments/configs/digits.py --workdir=runs/digits
 
-Takes: 6 to 9 minutes on 2 CPU cores, and half a minute for the comparison. Result: mean training loss 0.0518 on 8
-held-out tasks, tuned Adam 0.0746, tuned SGD with momentum 0.143.
+Takes: 2 to 5 minutes on 2 CPU cores, with the comparison. Result, seeds 0, 1 and 2: tuned AdamW needs 4.5, 2.3 and 2.3
+times as many steps to the same final training loss, the better of AdamW and Muon 1.3, 1.2 and 1.1 times as many.
 
 Another module is picked after a colon, and every field below is a flag:
 

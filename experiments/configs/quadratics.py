@@ -1,9 +1,9 @@
-"""Meta-trains an MLP optimizer by PES on random quadratics: no data, quick, good for trying things out.
+"""Meta-trains a learned direction by PES on random quadratics: no data, quick, good for trying things out.
 
     python experiments/meta_train.py --config=experiments/configs/quadratics.py --workdir=runs/quadratics
 
-Takes: a minute on 2 CPU cores. Result: mean loss 0.0195 on 8 held-out tasks, tuned Adam 0.0218, lower on all 8; but
-Adam and SGD with momentum converge (7e-10 after 200 steps), and the learned optimizer stays at 4e-3.
+Takes: two minutes on 2 CPU cores. Result, on 8 held-out tasks: tuned AdamW needs 6.9 (5.2 to 8) times as many steps to
+the same final loss, θ = 0 1.6 times as many; but Muon half as many: all converge, to 1e-10 and to 1e-14 after 200 steps.
 """
 
 import pathlib
