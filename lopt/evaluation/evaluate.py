@@ -132,13 +132,8 @@ def _members(families: Families) -> dict[str, suites.Member]:
   """The families by name, each with how it is to be compared."""
   if isinstance(families, str):
     return suites.build(families)
-  if isinstance(families, base.TaskFamily):
-    families = {"tasks": families}
-  elif not isinstance(families, Mapping):
-    listed = list(families)
-    families = {f"tasks {i + 1}" if len(listed) > 1 else "tasks": family for i, family in enumerate(listed)}
   own = {"num_tasks": 4, "num_seeds": 3, "num_steps": 200}
-  return {str(name): suites.Member(family, own) for name, family in families.items()}
+  return {name: suites.Member(family, own) for name, family in contract.named(families, "tasks").items()}
 
 
 def about(optimizers: Mapping[str, Any], facts: Mapping[str, str]) -> report_page.About:
