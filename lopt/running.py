@@ -155,12 +155,9 @@ def work(
     latest[1] if latest else checkpoints.restore(workdir, saved_like, first_step) if first_step >= 0 else None
   )
   resume_step = first_step if first_step >= 0 else None
-  try:
-    tracker = tracking.nothing()
-    if parallel.is_first():
-      tracker = tracking.start(workdir, config, wandb_mode=wandb_mode, resume_step=resume_step)
-  except ValueError as error:
-    raise configuration.ConfigError(str(error)) from error
+  tracker = tracking.nothing()
+  if parallel.is_first():
+    tracker = tracking.start(workdir, config, wandb_mode=wandb_mode, resume_step=resume_step)
   try:
     theta = _train(
       experiment,

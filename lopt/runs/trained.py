@@ -136,6 +136,20 @@ def pretrained() -> list[str]:
   return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
 
 
+def folder_of(optimizer: str) -> Path:
+  """Where what belongs to a trained optimizer is kept: its work directory, or runs/NAME of what comes with lopt."""
+  if optimizer in pretrained():
+    return Path("runs") / optimizer
+  path = Path(optimizer).absolute()
+  return path if path.is_dir() else path.parent
+
+
+def name_of(optimizer: str) -> str:
+  """What a trained optimizer is called in tables and legends: its run, or its file's own name."""
+  path = Path(optimizer)
+  return path.stem if path.is_file() and path.name != FILENAME else folder_of(optimizer).name
+
+
 def load(
   path: str | Path, architecture: LearnedOptimizer | None = None, *, modules: Collection[str] = ()
 ) -> TrainedOptimizer:
