@@ -4,8 +4,7 @@
     tx = optimizer(num_steps=10_000)  # recommended learning rate, warm-up and cosine to zero
     tx = optimizer(learning_rate=1e-2, weight_decay=0.01)  # or a schedule; as optax.adamw
 
-Leaves of θ are named by their path in the pytree, such as `mlp/~/linear_0/w`. The header has the strings
-
+Leaves of θ are named by their path, such as `mlp/~/linear_0/w`. The header has the strings
     format          "lopt optimizer"
     format_version  "1"
     lopt_version    of the lopt that wrote the file
