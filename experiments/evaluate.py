@@ -16,27 +16,15 @@ learned. All runs are kept in `--cache`, so that another optimizer on the same t
 """
 
 import datetime
+import functools
 import shlex
 import sys
-from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from absl import app, flags, logging
 
 from lopt import command_line, configuration
-from lopt.evaluation import (
-  baselines,
-  comparison,
-  evaluate,
-  held_out,
-  inner_runs,
-  report,
-  report_page,
-  suites,
-  timing,
-)
-from lopt.evaluation.suites import Member
+from lopt.evaluation import baselines, evaluate, report, report_page, suites
 from lopt.outer import parallel
 from lopt.runs import interruption, lock, tracking, trained
 
@@ -56,9 +44,6 @@ NUM_SEEDS = flags.DEFINE_integer("num_seeds", None, "Runs of each task; likewise
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Inner steps of each run; likewise.", 1)
 SEED = flags.DEFINE_integer("seed", None, "Which tasks and runs; likewise.", 0)
 
-BEYOND = 5
-"""How many times as long the runs are that show what becomes of an optimizer beyond its training horizon."""
-
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
@@ -68,134 +53,51 @@ def main(argv: list[str]) -> None:
   paths = OPTIMIZER.value
   if not paths:
     raise configuration.ConfigError("--optimizer: names none")
-  names = [_name(path) for path in paths]
+  names = [trained.name_of(path) for path in paths]
   if len(set(names)) < len(names):
     raise configuration.ConfigError(f"--optimizer: two would have the same name in tables: {', '.join(names)}")
-  chosen = _baselines()
+  try:
+    chosen = baselines.named(BASELINES.value)
+  except ValueError as error:
+    raise configuration.ConfigError(f"--{error}") from error
   optimizers = {name: trained.load(path, modules=MODULES.value) for name, path in zip(names, paths, strict=True)}
-  folder = Path(OUTPUT.value) if OUTPUT.value else _folder(paths[0]) / "evaluation"
+  folder = Path(OUTPUT.value) if OUTPUT.value else trained.folder_of(paths[0]) / "evaluation"
   lock.check(folder)
   # All are built before the first runs, so that a missing data set is known at once.
-  chosen_suites = held_out_suites(SUITE.value) if SUITE.value else own_tasks(optimizers[names[0]], paths[0])
-  about = facts(optimizers)
+  members = tasks(optimizers[names[0]])
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+  about = evaluate.about(optimizers, {"command": shlex.join(["python", *sys.argv]), "date": now})
+  settings = {"num_tasks": NUM_TASKS.value, "num_seeds": NUM_SEEDS.value, "num_steps": NUM_STEPS.value}
+  options = {"settings": {name: x for name, x in settings.items() if x is not None}, "baselines": chosen}
+  options |= {"cache_folder": CACHE.value or None, "times": TIMING.value}
+  options["progress"] = functools.partial(print, flush=True)
   pairs = {name: (x.architecture, x.theta) for name, x in optimizers.items()}
   with lock.hold(folder):
-    compared = {suite: compare(suite, members, pairs, chosen) for suite, members in chosen_suites.items()}
+    compared = configuration.call(evaluate.compare, options, members, pairs, where="evaluation")
     path = report_page.write(compared, folder, about)
-    track(compared, folder, about)
-  everything = {f"{suite}: {name}": c for suite, members in compared.items() for name, c in members.items()}
+    tracker = tracking.start(folder, configuration.plain(about._asdict()), wandb_mode=WANDB.value)
+    tracker.log(0, report.numbers(compared))
+    tracker.log_image(0, "summary", folder / "summary.png")
+    tracker.finish()
+  everything = {f"{suite}: {name}": c for suite, found in compared.items() for name, c in found.items()}
   print(f"\n{report.table_of_all(everything)}\n")
-  for suite, members in compared.items():
-    print(*(f"{suite}: {report.verdict_of_all(members, name)}" for name in optimizers), sep="\n")
+  for suite, found in compared.items():
+    print(*(f"{suite}: {report.verdict_of_all(found, name)}" for name in optimizers), sep="\n")
   print(f"The page is {path}.")
 
 
-def held_out_suites(names: list[str]) -> dict[str, dict[str, Member]]:
-  """The suites that `--suite` names."""
-  if CONFIG.value:
-    raise configuration.ConfigError("--suite: brings its own tasks; leave --config out")
-  built = {name: suites.build(name) for name in (suites.ALL if names == ["all"] else names)}
-  return {
-    suite: {
-      name: Member(members[name].family, {**members[name].options, "seed": seed})
-      for name, seed in seeds(suites.DEFAULTS, members).items()
-    }
-    for suite, members in built.items()
-  }
-
-
-def own_tasks(optimizer: trained.TrainedOptimizer, path: str) -> dict[str, dict[str, Member]]:
-  """The families of `--config`, or of what an optimizer was trained on; and these with longer runs."""
-  config = configuration.plain(CONFIG.value) if CONFIG.value else optimizer.config
-  if missing := {"task", "evaluation", "seed"} - config.keys():
-    raise configuration.ConfigError(
-      f"{path}: its configuration has no {', '.join(sorted(missing))}; say which tasks with --config or --suite"
-    )
-  # What --config names is the user's word; what stands in an optimizer's file is not.
-  modules = None if CONFIG.value else MODULES.value
-  families = configuration.task_families(config["task"], where="config.task", modules=modules)
-  options = {"seed": config["seed"], **config["evaluation"]}
-  own = {
-    name: Member(families[name][0], {**options, "seed": seed}) for name, seed in seeds(options, families).items()
-  }
-  if NUM_STEPS.value:
-    return {"held-out tasks": own}
-  longer = {"num_steps": BEYOND * options["num_steps"]}
-  beyond = {f"{name}, {BEYOND} times as long": Member(x.family, x.options | longer) for name, x in own.items()}
-  return {"held-out tasks": own, "longer runs": beyond}
-
-
-def seeds(options: dict[str, Any], names: Collection[str]) -> dict[str, int]:
-  """Of each family: from what `--seed` says, or else these options."""
-  return inner_runs.seeds_of_families(options["seed"] if SEED.value is None else SEED.value, names)
-
-
-def compare(
-  suite: str, members: dict[str, Member], optimizers: dict[str, Any], chosen: list[str]
-) -> dict[str, comparison.Comparison]:
-  """Trains with all optimizers on all members of a suite."""
-  settings = {"num_tasks": NUM_TASKS.value, "num_seeds": NUM_SEEDS.value, "num_steps": NUM_STEPS.value}
-  settings = {name: x for name, x in settings.items() if x is not None}
-  compared = {}
-  for name, member in members.items():
-
-    def say(stage: str, name: str = name) -> None:
-      print(f"{suite}: {name}: {stage}", flush=True)
-
-    options = {"progress": say, "baseline_names": chosen, "cache_folder": CACHE.value or None}
-    compared[name] = configuration.call(
-      held_out.compare, member.options | settings | options, member.family, optimizers, where="config.evaluation"
-    )
-    if TIMING.value and len(compared) == 1:  # one family stands for its suite
-      say("timing")
-      compared[name] = timing.with_times(compared[name], member.family, optimizers)
-  return compared
-
-
-def facts(optimizers: dict[str, trained.TrainedOptimizer]) -> report_page.About:
-  """What one has to know to repeat this."""
-  now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-  return evaluate.about(optimizers, {"command": shlex.join(["python", *sys.argv]), "date": now})
-
-
-def track(compared: dict[str, dict[str, comparison.Comparison]], folder: Path, about: report_page.About) -> None:
-  """Sends the summaries and their picture to Weights & Biases, and to metrics.jsonl beside the page."""
-  try:
-    tracker = tracking.start(folder, configuration.plain(about._asdict()), wandb_mode=WANDB.value)
-  except ValueError as error:
-    raise configuration.ConfigError(str(error)) from error
-  numbers = {}
-  for suite, members in compared.items():
-    for name, by_tuning in report.summaries(comparison.measure(members)).items():
-      for tuning, s in by_tuning.items():
-        where = f"{suite}/{name}/{tuning}"
-        numbers |= {f"{where}/speed_up_over/{rival}": x.value for rival, x in s.speed_up.items()}
-        numbers[f"{where}/relative_loss"] = s.relative_loss.value
-        numbers |= {f"{where}/{x}": getattr(s, x) for x in ("mean_loss", "final_loss", "test_loss", "diverged")}
-  tracker.log(0, numbers)
-  tracker.log_image(0, "summary", folder / "summary.png")
-  tracker.finish()
-
-
-def _baselines() -> list[str]:
-  try:
-    return baselines.named(BASELINES.value)
-  except ValueError as error:
-    raise configuration.ConfigError(f"--{error}") from error
-
-
-def _folder(optimizer: str) -> Path:
-  """Where what belongs to an optimizer is: its work directory."""
-  if optimizer in trained.pretrained():
-    return Path("runs") / optimizer
-  path = Path(optimizer).absolute()
-  return path if path.is_dir() else path.parent
-
-
-def _name(optimizer: str) -> str:
-  """What an optimizer is called in tables and legends: its run."""
-  path = Path(optimizer)
-  return path.stem if path.is_file() and path.name != trained.FILENAME else _folder(optimizer).name
+def tasks(optimizer: trained.TrainedOptimizer) -> dict[str, dict[str, suites.Member]]:
+  """What to compare on, by suite and family."""
+  if SUITE.value:
+    if CONFIG.value:
+      raise configuration.ConfigError("--suite: brings its own tasks; leave --config out")
+    names = suites.ALL if SUITE.value == ["all"] else SUITE.value
+    return {name: suites.build(name, seed=SEED.value) for name in names}
+  if CONFIG.value:  # which modules it names is the user's word; what stands in an optimizer's file is not
+    chosen = suites.of_configuration(configuration.plain(CONFIG.value), seed=SEED.value)
+  else:
+    chosen = suites.of_configuration(optimizer.config, seed=SEED.value, modules=MODULES.value)
+  return dict(list(chosen.items())[:1]) if NUM_STEPS.value else chosen  # one length, where it is given
 
 
 def command() -> None:

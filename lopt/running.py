@@ -18,6 +18,7 @@ from lopt.evaluation import comparison, held_out, inner_runs, pictures, report
 from lopt.experiment import Experiment, Section
 from lopt.outer import meta_training, parallel
 from lopt.runs import checkpoints, files, lock, tracking, trained
+from lopt.tasks import contract
 
 DIRECTION = {"step_multiplier": 0.3, "zero_output": True, "direction": {"learning_rate": 2e-2}}
 """What makes a learned direction of an architecture."""
@@ -55,10 +56,11 @@ def meta_train(
 
   Args:
     families: Of the tasks: one; several (a mixture), with names or without; or the section of a configuration.
-      What is a function cannot be compared when a run goes on: give another family another work directory.
     architecture: A section such as `{"name": "mlp", "hidden_sizes": (16,)}`; a name alone, which is the learned
       direction of that architecture; or a LearnedOptimizer, whose file `lopt.load` reads with `architecture=` given.
-    workdir: Where the run is kept, and continued from.
+    workdir: Where the run is kept, and continued from. A configuration is compared with the one kept there. Families
+      and architectures that are objects cannot be: one that you have changed, with arrays of the same shapes, goes
+      on as if it were the old one. Give it another work directory.
     wandb: Weights & Biases: 'online', 'offline', 'disabled', or 'auto', which is online when logged in.
     max_dead_steps: Outer steps in a row without anything to learn from that end the run; None: go on.
     on_step: Called with `(outer steps taken, metrics)` at each record of the metrics.
@@ -77,25 +79,15 @@ def meta_train(
     parallel.setup()
   if isinstance(architecture, str):
     architecture = {"name": architecture, **DIRECTION}
+  stored = {**settings, "architecture": architecture, "task": families}  # what stands in config.json
+  if isinstance(architecture, base.LearnedOptimizer):
+    stored["architecture"] = {"name": experiment.OWN}
   task: Any = families
-  if isinstance(families, base.TaskFamily):
-    task = {"family": (families, 1.0)}
-  else:
-    if not families:
-      raise ValueError("families: names none; give a TaskFamily, several of them, or a section of a configuration")
-    named = families if isinstance(families, Mapping) else {f"family {i + 1}": x for i, x in enumerate(families)}
-    task = named
-    if all(isinstance(x, base.TaskFamily) for x in named.values()):
-      task = {name: (family, 1.0) for name, family in named.items()}
+  if not (isinstance(families, Mapping) and isinstance(families.get("name"), str)):
+    task = {name: (family, 1.0) for name, family in contract.named(families, "family").items()}
+    stored["task"] = {"name": experiment.OWN, "families": sorted(task)}
   built = configuration.call(
     experiment.build, {"architecture": architecture, "task": task, **settings}, where="config"
-  )
-  stored = dict(settings)
-  stored["architecture"] = (
-    {"name": experiment.OWN} if isinstance(architecture, base.LearnedOptimizer) else architecture
-  )
-  stored["task"] = (
-    {"name": experiment.OWN, "families": sorted(task)} if not isinstance(task.get("name"), str) else task
   )
   workdir = Path(workdir)
   lock.check(workdir)
@@ -163,12 +155,9 @@ def work(
     latest[1] if latest else checkpoints.restore(workdir, saved_like, first_step) if first_step >= 0 else None
   )
   resume_step = first_step if first_step >= 0 else None
-  try:
-    tracker = tracking.nothing()
-    if parallel.is_first():
-      tracker = tracking.start(workdir, config, wandb_mode=wandb_mode, resume_step=resume_step)
-  except ValueError as error:
-    raise configuration.ConfigError(str(error)) from error
+  tracker = tracking.nothing()
+  if parallel.is_first():
+    tracker = tracking.start(workdir, config, wandb_mode=wandb_mode, resume_step=resume_step)
   try:
     theta = _train(
       experiment,

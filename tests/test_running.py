@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from lopt import base, configuration, experiment, running
 from lopt.architectures import tensor_mlp
 from lopt.evaluation import held_out
 from lopt.runs import interruption, trained
+from lopt.tasks import contract
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -106,10 +108,20 @@ def test_an_architecture_of_ones_own_is_passed_when_it_is_loaded(tmp_path):
   [
     ({"loss": lambda params, key, batch, task: (batch[1], {})}, r"loss: must be a float scalar, not float32\[8\]"),
     ({"loss": lambda params, key, batch, task: jnp.mean(batch[1])}, r"loss: must return \(loss, metrics\)"),
+    ({"loss": lambda params, key, batch, task: ({"mse": jnp.mean(batch[1])}, {})}, "float scalar, not {mse: float32"),
+    (
+      {"loss": lambda params, key, batch, task: (jnp.mean(batch[1]), batch[1])},
+      r"metrics must be a dict.*float32\[8\]",
+    ),
+    ({"loss": lambda params, key, batch, task: (float(jnp.mean(batch[1])), {})}, "loss.*inside compiled code"),
+    ({"loss": lambda params, key, batch, task: (1.0, {})}, r"result\[0\] is the Python number 1\.0"),
+    ({"loss": lambda params, batch: (jnp.mean(batch[1]), {})}, "loss: TypeError.*positional arguments"),
+    ({"init": lambda key, task: {"w": jnp.zeros(3), "b": 0.0}}, r"init.*result\['b'\] is the Python number 0\.0"),
     ({"init": lambda key, task: {"w": jnp.zeros(3, jnp.int32)}}, r"init: the parameter \['w'\] is of type int32"),
     ({"batch": lambda key, task, split: np.asarray(task)}, "batch.*inside compiled code"),
     ({"batch": lambda key, task, split: (task[0], task) if task[0] > 0 else task}, "batch.*inside compiled code"),
     ({"sample": lambda key: jnp.zeros(int(jax.random.key_data(key)[-1]) % 3 + 1)}, "two draws differ in shape"),
+    ({"sample": lambda key: np.asarray(jax.random.normal(key, (3,)))}, "sample.*inside compiled code"),
   ],
 )
 def test_a_family_with_a_mistake_is_refused_before_anything_is_compiled(tmp_path, changes, message):
@@ -168,6 +180,17 @@ def test_no_family_is_refused(tmp_path):
   for none in ([], {}):
     with pytest.raises(ValueError, match="families: names none"):
       lopt.meta_train(none, workdir=tmp_path / "run", **SMALL)
+
+
+def test_what_is_no_family_is_refused():
+  cases: list[tuple[Any, str]] = [
+    (regression, "families: function is no lopt.base.TaskFamily"),
+    ([regression(), regression], "task family 'tasks 2': is of type function, not lopt.base.TaskFamily"),
+    ({"mine": {"name": "quadratic"}}, "task family 'mine': is of type dict"),
+  ]
+  for families, message in cases:
+    with pytest.raises(ValueError, match=message):
+      contract.named(families, "tasks")
 
 
 def test_evaluation_of_nothing_or_with_what_is_not_there_is_refused():

@@ -1,6 +1,6 @@
 """How noisy the meta-gradient of an optimizer that comes with lopt is, by how long PES keeps its noise.
 
-    python experiments/benchmarks/gradient_noise.py --only='^mlp/.*/0.01$'
+    python experiments/benchmarks/gradient_noise.py --only='^mlp/.*/0.1$'
 
 Cases are FAMILY/NOISE/SIGMA: a family of `adafactor_mlp`'s meta-training; `unroll`, noise that is drawn for each
 unroll (PES), or `episode`, noise that is kept to the episode's end (NRES, ES-Single); and σ. θ stays what it is, its
@@ -14,10 +14,12 @@ pairs are continued for 280 outer steps, all else as in its configuration. Figur
 
 import bench
 
+from lopt.evaluation import suites
+
 CASES = [
   f"{family}/{noise}/{sigma}"
-  for family in ("mlp", "deep_mlp", "noisy_mlp", "reparametrized_mlp", "surfaces")
-  for noise, sigma in (("unroll", 0.01), ("episode", 0.01), ("episode", 0.03))
+  for family in suites.FRESH
+  for noise, sigma in (("unroll", 0.1), ("episode", 0.1), ("episode", 0.03))
 ]
 BLOCK, BLOCKS = 40, 6
 
@@ -42,6 +44,7 @@ def measure(case: str) -> bench.Figures:
     horizon=horizon,
     loss_cap=config["loss_cap"],
     log_floor=config["log_floor"],
+    step_spread=config["step_spread"],
   )
   longest = config["horizon"]["maximum"]
   estimator = pes.build(

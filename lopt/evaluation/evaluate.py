@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from lopt import base, configuration
 from lopt.evaluation import baselines as hand_designed
-from lopt.evaluation import comparison, held_out, inner_runs, pictures, report, report_page, suites, tables
+from lopt.evaluation import comparison, held_out, inner_runs, pictures, report, report_page, suites, tables, timing
 from lopt.evaluation.comparison import Comparison
 from lopt.runs.trained import TrainedOptimizer
 from lopt.tasks import contract
@@ -31,8 +31,12 @@ class Result(NamedTuple):
     """Markdown: final losses, speed-ups over tuned baselines, shares of tasks and runs that went badly."""
     return report.table_of_all(self.comparisons)
 
+  def _repr_markdown_(self) -> str:
+    """What a notebook shows."""
+    return self.table()
+
   def plot(self) -> Figure:
-    """Speed-ups by family, with their intervals and single tasks."""
+    """Speed-ups by family, with their intervals and single tasks; a notebook shows it when it is a cell's value."""
     first = next(iter(self.comparisons.values()))
     return pictures.speed_ups({"": comparison.measure(self.comparisons)}, first)
 
@@ -110,35 +114,68 @@ def evaluate(
     name: (x.architecture, x.theta) if isinstance(x, TrainedOptimizer) else x for name, x in optimizers.items()
   }
   given = {"num_tasks": num_tasks, "num_seeds": num_seeds, "num_steps": num_steps}
-  given = {option: value for option, value in given.items() if value is not None}
-  built = _members(families)
-  for name, (family, _) in built.items():
-    contract.check(family, name)
-  seeds = inner_runs.seeds_of_families(seed, built)
+  compared = compare(
+    {"": _members(families, seed)},
+    pairs,
+    settings={option: value for option, value in given.items() if value is not None},
+    baselines=chosen,
+    cache_folder=cache_folder,
+    progress=progress,
+  )
+  return Result(compared[""], about(optimizers, {"function": "lopt.evaluate", "seed": str(seed)}))
+
+
+def compare(
+  chosen: Mapping[str, Mapping[str, suites.Member]],
+  optimizers: Mapping[str, tuple[base.LearnedOptimizer, base.Theta]],
+  *,
+  settings: Mapping[str, int],
+  baselines: Sequence[str],
+  cache_folder: str | Path | None,
+  times: bool = False,
+  progress: Callable[[str], None] | None,
+) -> dict[str, dict[str, Comparison]]:
+  """Trains with all optimizers on all members of suites: `{suite: {member: comparison}}`.
+
+  Args:
+    chosen: The members by suite.
+    optimizers: Architectures with their θ, by the names that they get in tables.
+    settings: In place of the members' own: `num_tasks`, `num_seeds` and `num_steps`.
+    baselines: Names of `baselines.ALL`.
+    cache_folder: Where runs are kept for the next time; None: nowhere.
+    times: Whether to measure the time of a step too, on the first member of each suite, which stands for all.
+    progress: Is told what is about to run; None for silence.
+
+  Raises:
+    ValueError: What `contract.check` and `held_out.compare` say; a family is checked before any run.
+  """
+  for members in chosen.values():
+    for name, member in members.items():
+      contract.check(member.family, name)
   compared = {}
-  for name, (family, own) in built.items():
-    compared[name] = held_out.compare(
-      family,
-      pairs,
-      **{**own, **given, "seed": seeds[name]},
-      baseline_names=chosen,
-      cache_folder=cache_folder,
-      progress=None if progress is None else lambda stage, name=name: progress(f"{name}: {stage}"),
-    )
-  return Result(compared, about(optimizers, {"function": "lopt.evaluate", "seed": str(seed)}))
+  for suite, members in chosen.items():
+    compared[suite] = {}
+    for name, member in members.items():
+      title = ": ".join(filter(None, (suite, name)))
+      say = None if progress is None else lambda stage, title=title: progress(f"{title}: {stage}")
+      options = {**member.options, **settings, "baseline_names": baselines, "cache_folder": cache_folder}
+      found = held_out.compare(member.family, optimizers, **options, progress=say)
+      if times and not compared[suite]:
+        if say:
+          say("timing")
+        found = timing.with_times(found, member.family, optimizers)
+      compared[suite][name] = found
+  return compared
 
 
-def _members(families: Families) -> dict[str, suites.Member]:
+def _members(families: Families, seed: int) -> dict[str, suites.Member]:
   """The families by name, each with how it is to be compared."""
   if isinstance(families, str):
-    return suites.build(families)
-  if isinstance(families, base.TaskFamily):
-    families = {"tasks": families}
-  elif not isinstance(families, Mapping):
-    listed = list(families)
-    families = {f"tasks {i + 1}" if len(listed) > 1 else "tasks": family for i, family in enumerate(listed)}
+    return suites.build(families, seed=seed)
+  named = contract.named(families, "tasks")
+  seeds = inner_runs.seeds_of_families(seed, named)
   own = {"num_tasks": 4, "num_seeds": 3, "num_steps": 200}
-  return {str(name): suites.Member(family, own) for name, family in families.items()}
+  return {name: suites.Member(family, {**own, "seed": seeds[name]}) for name, family in named.items()}
 
 
 def about(optimizers: Mapping[str, Any], facts: Mapping[str, str]) -> report_page.About:

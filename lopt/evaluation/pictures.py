@@ -24,6 +24,13 @@ _MAX_TASK_PANELS = 6
 LOSS = "training loss (1 = knowing nothing)"
 
 
+class Shown(Figure):
+  """A figure that a notebook shows when it is a cell's value, without pyplot and its global state."""
+
+  def _repr_png_(self) -> bytes:
+    return png(self, dpi=80)
+
+
 def speed_ups(suites: Mapping[str, Measured], c: Comparison) -> Figure:
   """Speed-ups by suite, or by family where there is one suite: interquartile means, intervals and single tasks.
 
@@ -36,7 +43,7 @@ def speed_ups(suites: Mapping[str, Measured], c: Comparison) -> Figure:
   first = next(iter(next(iter(rows.values())).values()))
   there = next(iter(first.values()))[0].speed_up
   rivals = [rival for rival in RIVALS if rival in there]
-  figure = Figure(figsize=(3.4 * len(rivals) + 0.8, 1.5 + 0.13 * len(rows) * (len(shown) + 1)), layout="constrained")
+  figure = Shown(figsize=(3.4 * len(rivals) + 0.8, 1.5 + 0.13 * len(rows) * (len(shown) + 1)), layout="constrained")
   panels = figure.subplots(1, len(rivals), sharey=True, squeeze=False)[0]
   for axes, rival in zip(panels, rivals, strict=True):
     drawn = [(name, color) for name, color in shown if name != rival]
@@ -71,7 +78,7 @@ def rate_curves(comparisons: Mapping[str, Comparison]) -> Figure:
   """Final loss against learning rate, relative to tuned AdamW's: the geometric mean over each comparison's tasks."""
   columns = min(4, math.ceil(math.sqrt(len(comparisons))))
   rows = math.ceil(len(comparisons) / columns)
-  figure = Figure(figsize=(3.0 * columns, 2.3 * rows + 0.8), layout="constrained")
+  figure = Shown(figsize=(3.0 * columns, 2.3 * rows + 0.8), layout="constrained")
   panels = figure.subplots(rows, columns, squeeze=False)
   for axes in panels.flat[len(comparisons) :]:
     axes.set_visible(False)
@@ -112,7 +119,7 @@ def training_curves(c: Comparison, own: Mapping[Row, Sequence[Measures]], loss_l
   num_panels = min(num_tasks, _MAX_TASK_PANELS) if num_tasks > 1 else 0
   columns = math.ceil(num_panels / 2)
   # Not pyplot, whose figures are global. Small, so that the letters can be read where a page scales it down.
-  figure = Figure(figsize=(4.8 + 1.6 * columns, 4.2), layout="constrained")
+  figure = Shown(figsize=(4.8 + 1.6 * columns, 4.2), layout="constrained")
   grid = figure.add_gridspec(2, 1 + columns, width_ratios=[2.6] + [1.0] * columns)
   large = figure.add_subplot(grid[:, 0])
   _draw_curves(large, c, own, range(num_tasks))
@@ -136,7 +143,7 @@ def all_training_curves(comparisons: Mapping[str, Comparison], measured: Measure
   """A panel for each comparison: the mean training curves over its tasks."""
   columns = min(4, math.ceil(math.sqrt(len(comparisons))))
   rows = math.ceil(len(comparisons) / columns)
-  figure = Figure(figsize=(3.2 * columns, 2.6 * rows + 0.7), layout="constrained")
+  figure = Shown(figsize=(3.2 * columns, 2.6 * rows + 0.7), layout="constrained")
   panels = figure.subplots(rows, columns, squeeze=False)
   for axes in panels.flat[len(comparisons) :]:
     axes.set_visible(False)
@@ -158,7 +165,7 @@ def meta_training_curves(records: Sequence[Mapping[str, float | int | None]]) ->
   Args:
     records: Of the metrics, as in metrics.jsonl; each has its outer `step`. Of a mixture each family is drawn too.
   """
-  figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+  figure = Shown(figsize=(7.2, 3.4), layout="constrained")
   for axes, prefix, title, quantity in zip(
     figure.subplots(1, 2),
     ("meta_loss", "evaluation/mean_loss"),

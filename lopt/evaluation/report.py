@@ -76,6 +76,19 @@ def summaries(measured: Measured) -> dict[str, Any]:
   return content
 
 
+def numbers(suites: Mapping[str, Mapping[str, Comparison]]) -> dict[str, float]:
+  """The summaries of comparisons by suite as a tracker takes them: `{"suite/optimizer/tuning/measure": number}`."""
+  found: dict[str, float] = {}
+  for suite, members in suites.items():
+    for name, by_tuning in summaries(comparison.measure(members)).items():
+      for tuning, s in by_tuning.items():
+        where = f"{suite}/{name}/{tuning}"
+        found |= {f"{where}/speed_up_over/{rival}": x.value for rival, x in s.speed_up.items()}
+        found[f"{where}/relative_loss"] = s.relative_loss.value
+        found |= {f"{where}/{x}": getattr(s, x) for x in ("mean_loss", "final_loss", "test_loss", "diverged")}
+  return found
+
+
 def _family(c: Comparison, own: Mapping[comparison.Row, tuple[comparison.Measures, ...]]) -> dict[str, Any]:
   optimizers: dict[str, Any] = {}
   for (name, tuning), found in own.items():

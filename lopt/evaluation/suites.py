@@ -6,9 +6,11 @@ The axes are seen from `FRESH`, on which the shipped optimizers are trained, for
 `{member: task section}`; `num_steps` in a section is the length of its runs, `num_tasks` how many are drawn.
 """
 
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from lopt import base, configuration
+from lopt import base, checks, configuration
+from lopt.evaluation import inner_runs
 
 MLP = {"name": "mlp_classifier", "dataset": "digits", "min_classes": 5, "batch_size": 32}
 FRESH = {
@@ -31,6 +33,8 @@ FEWER = {"num_tasks": 4}  # where a run takes long
 REPARAMETRIZED = {"augmentation": {"reparametrization": (1e-3, 1e3)}}
 
 DEFAULTS = {"seed": 0, "num_tasks": 8, "num_seeds": 5, "num_steps": 200}
+BEYOND = 5
+"""How many times as long the runs are that show what becomes of an optimizer beyond its training horizon."""
 
 ALL: dict[str, dict[str, dict[str, Any]]] = {
   "fresh": FRESH,
@@ -70,18 +74,50 @@ class Member(NamedTuple):
   options: dict[str, Any]  # of `held_out.compare`: how many tasks and seeds, how many steps
 
 
-def build(name: str) -> dict[str, Member]:
-  """The members of a suite.
+def build(name: str, *, seed: int | None = None) -> dict[str, Member]:
+  """The members of a suite, each with a seed of its own that comes from `seed`; None: the suites' default.
 
   Raises:
     ConfigError: There is no such suite.
   """
   if name not in ALL:
     raise configuration.ConfigError(f"suite: no {name!r}; there are: {', '.join(ALL)}")
+  seeds = inner_runs.seeds_of_families(DEFAULTS["seed"] if seed is None else seed, ALL[name])
   members = {}
   for member, section in ALL[name].items():
     own = {option: section[option] for option in ("num_steps", "num_tasks") if option in section}
     task = {option: value for option, value in section.items() if option not in own}
     family = configuration.build("tasks", task, where=f"suites.{name}.{member}")
-    members[member] = Member(family, {**DEFAULTS, **own})
+    members[member] = Member(family, {**DEFAULTS, **own, "seed": seeds[member]})
   return members
+
+
+def of_configuration(
+  config: Mapping[str, Any], *, seed: int | None = None, modules: Collection[str] | None = None
+) -> dict[str, dict[str, Member]]:
+  """Two suites of the families that a run is meta-trained on: as its comparison has them, and with longer runs.
+
+  Args:
+    config: Of the run.
+    seed: In place of the configuration's.
+    modules: Which modules outside of lopt it may name; None: any. See `configuration.module`.
+
+  Raises:
+    ConfigError: It cannot be used.
+  """
+  if missing := {"task", "evaluation", "seed"} - config.keys():
+    lacking = ", ".join(sorted(missing))
+    raise configuration.ConfigError(f"the configuration has no {lacking}; say which tasks with --config or --suite")
+  families = configuration.task_families(config["task"], where="config.task", modules=modules)
+  options = configuration.call(_options, config["evaluation"], where="config.evaluation")
+  seeds = inner_runs.seeds_of_families(config["seed"] if seed is None else seed, families)
+  own = {name: Member(family, {**options, "seed": seeds[name]}) for name, (family, _) in families.items()}
+  longer = {"num_steps": BEYOND * options["num_steps"]}
+  beyond = {f"{name}, {BEYOND} times as long": Member(x.family, x.options | longer) for name, x in own.items()}
+  return {"held-out tasks": own, "longer runs": beyond}
+
+
+def _options(*, num_tasks: int, num_seeds: int, num_steps: int) -> dict[str, int]:
+  options = {"num_tasks": num_tasks, "num_seeds": num_seeds, "num_steps": num_steps}
+  checks.counts(**options)
+  return options

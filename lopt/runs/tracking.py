@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lopt.runs.files import explain, write_atomically
+from lopt.signatures import ConfigError
 
 METRICS = "metrics.jsonl"
 MODES = ("auto", "online", "offline", "disabled")
@@ -65,14 +66,14 @@ def start(
     resume_step: outer step of the checkpoint that the run goes on from; None for a new run.
 
   Raises:
-    ValueError: unknown mode.
+    ConfigError: unknown mode.
     OSError: metrics.jsonl cannot be written.
   """
   workdir = Path(workdir)
   mode = os.environ.get("WANDB_MODE", "auto") if wandb_mode == "auto" else wandb_mode
   mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # W&B's older names
   if mode not in MODES:
-    raise ValueError(f"W&B mode: must be one of {', '.join(MODES)}, not {mode!r}")
+    raise ConfigError(f"W&B mode: must be one of {', '.join(MODES)}, not {mode!r}")
   path = workdir / METRICS
   past = "" if resume_step is None else _records_until(path, resume_step)
   write_atomically(path, past)

@@ -18,22 +18,21 @@ it is checked before memory or time is spent on it.
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 import safetensors
 import safetensors.numpy
 
 from lopt import configuration
-from lopt.base import LearnedOptimizer, PyTree, Theta
+from lopt.base import LearnedOptimizer, Theta
 from lopt.outer import meta_parameters
-from lopt.runs import drop_in
+from lopt.runs.drop_in import TrainedOptimizer
 from lopt.runs.files import write_atomically
 from lopt.version import __version__
 
@@ -53,93 +52,6 @@ def _refusal(path: str | Path, problem: str) -> LoadError:
   # It may quote the file: nothing that acts on a terminal, no megabytes.
   line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(problem.split()))
   return LoadError(f"{path}: {line if len(line) <= 600 else f'{line[:600]}...'}")
-
-
-class TrainedOptimizer(NamedTuple):
-  """A learned optimizer with its θ: `optimizer(num_steps=10_000)` is an Optax transformation.
-
-  What comes of it is used as `tx.update(grads, state, params, value=loss)`, and computes in float32 whatever the
-  parameters' precision, which updates have. Parameters may be spread over devices: updates are laid out as they are,
-  and states as the parameter that they belong to. Leaves of integers, of complex numbers and with gradients of
-  `float0` are refused by name; arrays without elements stay as they are.
-
-  A gradient with a NaN or an infinity makes the updates of its tensor NaN, with some architectures those of all, and
-  they stay so, as averages of gradients do. `optax.apply_if_finite(tx, 10)` skips such steps, up to ten in a row.
-  Finite gradients, as large or small as float32 has them, give finite updates.
-  """
-
-  theta: Theta
-  """The trained meta-parameters."""
-  architecture: LearnedOptimizer
-  """What they are the meta-parameters of."""
-  config: dict[str, Any]
-  """The configuration of the run that trained them."""
-
-  @property
-  def learning_rate(self) -> float | None:
-    """The recommended one; None of an optimizer that takes no learning rate, since it decides on steps by itself."""
-    return self.architecture.learning_rate
-
-  def __call__(
-    self,
-    num_steps: Any = None,
-    *,
-    learning_rate: optax.ScalarOrSchedule | None = None,
-    weight_decay: float = 0.0,
-    mask: Any | Callable[[PyTree], Any] | None = None,
-  ) -> optax.GradientTransformationExtraArgs:
-    """Δp = -α_t (u + λ p) for a run of `num_steps` steps, with the direction u.
-
-    Args:
-      num_steps: Length of the run; may be traced. Without `learning_rate`, α_t is the recommended rate, warmed up and
-        decayed to zero by a cosine over these steps.
-      learning_rate: α_t: a number, or an Optax schedule of the step. It needs no `num_steps`.
-      weight_decay: λ, decoupled, per unit of the learning rate; as in `optax.adamw`.
-      mask: What λ applies to, as in `optax.adamw`.
-
-    Raises:
-      ValueError: `num_steps` is below 1; neither it nor a learning rate is given; or an optimizer that decides on its
-        steps by itself is given a learning rate or weight decay.
-    """
-    if num_steps is not None and not isinstance(num_steps, jax.Array) and num_steps < 1:
-      raise ValueError(f"num_steps: {num_steps} is not a number of training steps; it must be at least 1")
-    if self.learning_rate is None:
-      if learning_rate is not None or weight_decay:
-        raise ValueError(f"{'weight_decay' if learning_rate is None else 'learning_rate'}: {_NO_DIRECTION}")
-      if num_steps is None:
-        raise ValueError("num_steps: this optimizer needs the number of training steps: optimizer(num_steps=...)")
-      return drop_in.wrap(self.architecture.transform, self.theta, num_steps, bounded=True)
-    if learning_rate is None:
-      if num_steps is None:
-        raise ValueError("num_steps: give it, for the recommended learning rates, or a learning_rate")
-      learning_rate = self.schedule(num_steps)
-    decay = optax.add_decayed_weights(weight_decay, mask) if weight_decay else optax.identity()
-    return optax.chain(self.direction(num_steps), decay, optax.scale_by_learning_rate(learning_rate))
-
-  def direction(self, num_steps: Any = None) -> optax.GradientTransformationExtraArgs:
-    """The direction u alone, uphill as `optax.scale_by_adam`'s and of unit size, to be chained with what sizes steps.
-
-    Args:
-      num_steps: Length of the run, for architectures that use it.
-
-    Raises:
-      ValueError: The optimizer decides on its steps by itself.
-    """
-    if self.architecture.direction is None:
-      raise ValueError(f"direction: {_NO_DIRECTION}")
-    return drop_in.wrap(self.architecture.direction, self.theta, num_steps, bounded=False)
-
-  def schedule(self, num_steps: Any) -> optax.Schedule:
-    """The recommended learning rate at each of `num_steps` steps: warm-up, then a cosine to zero."""
-    if self.architecture.schedule is None:
-      raise ValueError(f"schedule: {_NO_DIRECTION}")
-    return self.architecture.schedule(num_steps)
-
-
-_NO_DIRECTION = (
-  "this optimizer was trained to decide on the size of its steps, and takes neither learning rate nor weight decay; "
-  "call it with num_steps=... alone, or load one with a direction"
-)
 
 
 def export(
@@ -221,6 +133,20 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 def pretrained() -> list[str]:
   """The names of the trained optimizers that come with lopt."""
   return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
+
+
+def folder_of(optimizer: str) -> Path:
+  """Where what belongs to a trained optimizer is kept: its work directory, or runs/NAME of what comes with lopt."""
+  if optimizer in pretrained():
+    return Path("runs") / optimizer
+  path = Path(optimizer).absolute()
+  return path if path.is_dir() else path.parent
+
+
+def name_of(optimizer: str) -> str:
+  """What a trained optimizer is called in tables and legends: its run, or its file's own name."""
+  path = Path(optimizer)
+  return path.stem if path.is_file() and path.name != FILENAME else folder_of(optimizer).name
 
 
 def load(

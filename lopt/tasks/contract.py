@@ -1,11 +1,38 @@
 """What a task family has to be, checked before anything is compiled, so that a mistake has a name."""
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lopt import base
+
+
+def named(families: Any, word: str) -> dict[str, base.TaskFamily]:
+  """Task families by name.
+
+  Args:
+    families: One, several, or several by name.
+    word: What one without a name is called; several are "<word> 1", "<word> 2", ….
+
+  Raises:
+    ValueError: In one line where there is none, or something else among them.
+  """
+  if isinstance(families, base.TaskFamily):
+    return {word: families}
+  if not isinstance(families, Iterable):
+    raise ValueError(f"families: {type(families).__name__} is no lopt.base.TaskFamily, nor several of them")
+  by_name = families
+  if not isinstance(by_name, Mapping):
+    listed = list(families)
+    by_name = {f"{word} {i + 1}" if len(listed) > 1 else word: family for i, family in enumerate(listed)}
+  if not by_name:
+    raise ValueError("families: names none; give a TaskFamily, several of them, or a section of a configuration")
+  for name, family in by_name.items():
+    if not isinstance(family, base.TaskFamily):
+      raise ValueError(f"task family {name!r}: is of type {type(family).__name__}, not lopt.base.TaskFamily")
+  return {str(name): family for name, family in by_name.items()}
 
 
 def check(family: base.TaskFamily, name: str) -> None:
@@ -16,11 +43,13 @@ def check(family: base.TaskFamily, name: str) -> None:
   where = f"task family {name!r}"
   keys = [jax.random.key(seed) for seed in range(4)]
   tasks = [_of(where, "sample", lambda key=key: family.sample(key)) for key in keys[:2]]
-  if (first := _shapes(tasks[0])) != (second := _shapes(tasks[1])):
+  shapes = [_of(where, "sample", lambda task=task: _shapes(task)) for task in tasks]
+  if (first := shapes[0]) != (second := shapes[1]):
     raise ValueError(
       f"{where}: sample: two draws differ in shape, {first} and {second}; all tasks of a family share one"
     )
-  params = _of(where, "init", lambda: jax.eval_shape(family.init, keys[2], tasks[0]))
+  _of(where, "sample", lambda: jax.eval_shape(family.sample, keys[0]))
+  params = _of(where, "init", lambda: jax.eval_shape(_arrays_only(family.init), keys[2], tasks[0]))
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise ValueError(
@@ -33,23 +62,43 @@ def check(family: base.TaskFamily, name: str) -> None:
       f"batch, split {split!r}",
       lambda split=split: jax.eval_shape(lambda key, task: family.batch(key, task, split), keys[3], tasks[0]),
     )
-    result = _of(where, "loss", lambda batch=batch: jax.eval_shape(family.loss, params, keys[3], batch, tasks[0]))
+    result = _of(
+      where, "loss", lambda batch=batch: jax.eval_shape(_arrays_only(family.loss), params, keys[3], batch, tasks[0])
+    )
     if not isinstance(result, tuple) or len(result) != 2:
       raise ValueError(f"{where}: loss: must return (loss, metrics), such as (loss, {{}})")
-    loss = result[0]
-    if jnp.shape(loss) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+    loss, metrics = result
+    if not isinstance(metrics, Mapping):
+      raise ValueError(f"{where}: loss: metrics must be a dict of arrays by name, not {_shapes(metrics)}")
+    if not hasattr(loss, "shape"):  # a tree
+      raise ValueError(f"{where}: loss: must be a float scalar, not {_shapes(loss)}")
+    if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
       raise ValueError(f"{where}: loss: must be a float scalar, not {loss.dtype}{list(loss.shape)}; take a mean?")
+
+
+def _arrays_only(function: Callable[..., Any]) -> Callable[..., Any]:
+  """The function, but that a Python number among its results, which JAX would take, is an error that says where."""
+
+  def checked(*args: Any) -> Any:
+    result = function(*args)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(result):
+      if isinstance(leaf, (bool, int, float, complex)):
+        where = jax.tree_util.keystr(path)
+        raise TypeError(f"result{where} is the Python number {leaf!r}; make it an array, jnp.asarray({leaf!r})")
+    return result
+
+  return checked
 
 
 def _of(where: str, what: str, function: Any) -> Any:
   try:
     return function()
   except Exception as error:  # whatever the user's code raises
-    reason = " ".join(str(error).split())[:200]
-    hint = ""
+    reason, hint = str(error), ""
     if isinstance(error, (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)):
+      reason = reason.partition("\n")[0]  # then JAX's advice, which is longer than the line below
       hint = "; it runs inside compiled code, so it cannot use NumPy or Python conditions on arrays"
-    raise ValueError(f"{where}: {what}: {type(error).__name__}: {reason}{hint}") from error
+    raise ValueError(f"{where}: {what}: {type(error).__name__}: {' '.join(reason.split())[:200]}{hint}") from error
 
 
 def _shapes(tree: base.PyTree) -> str:
