@@ -4,11 +4,15 @@ lopt meta-train --config=digits --workdir=runs/digits
 lopt evaluate --optimizer=runs/digits
 """
 
-import importlib
 import sys
+from pathlib import Path
 
-COMMANDS = {"meta-train": "meta_train", "evaluate": "evaluate"}
-"""Modules of the package `lopt.commands`, which is the folder `experiments/` of the repository."""
+from lopt import configuration
+
+COMMANDS = {"meta-train": "meta_train.py", "evaluate": "evaluate.py"}
+FOLDER = Path(__file__).parent / "commands"  # in a wheel; in a checkout it is another
+if not FOLDER.exists():
+  FOLDER = Path(__file__).parents[1] / "experiments"
 
 
 def main() -> None:
@@ -20,7 +24,7 @@ def main() -> None:
   if asked not in COMMANDS:
     sys.exit(f"lopt: no command {asked!r}; there are: {', '.join(COMMANDS)}")
   sys.argv[:2] = [f"lopt {asked}"]
-  importlib.import_module(f"lopt.commands.{COMMANDS[asked]}").command()
+  configuration.load(FOLDER / COMMANDS[asked]).command()
 
 
 if __name__ == "__main__":

@@ -38,10 +38,22 @@ def test_a_command_that_is_not_there_is_one_line():
   assert result.stderr == "lopt: no command 'train'; there are: meta-train, evaluate\n"
 
 
+def test_in_a_checkout_the_commands_are_the_scripts(tmp_path):
+  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+  flags = ["meta-train", "--config=nonsense"]
+  result = subprocess.run(
+    [sys.executable, "-m", "lopt", *flags], cwd=tmp_path, env=environment, capture_output=True, text=True
+  )
+  assert result.returncode == 1
+  assert result.stderr.startswith("lopt meta-train: --config: no configuration 'nonsense'; there are: digits, ")
+
+
 @pytest.mark.slow
 def test_it_meta_trains_and_evaluates_in_an_empty_folder(tmp_path):
   pip, source = [sys.executable, "-m", "pip"], tmp_path / "source"  # a copy: building leaves files beside the sources
-  shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "tests", "__pycache__"))
+  shutil.copytree(
+    ROOT, source, ignore=lambda folder, _: {".git", ".venv", "runs", "tests"} if folder == str(ROOT) else ()
+  )
   wheel = [*pip, "wheel", "--no-deps", str(source), "-w", str(tmp_path)]
   built = subprocess.run(wheel, cwd=tmp_path, capture_output=True, text=True)
   if "No matching distribution found for setuptools" in built.stderr:

@@ -2,8 +2,8 @@
 
     python experiments/meta_train.py --config=experiments/configs/digits.py --workdir=runs/digits
 
-Takes: 2 to 5 minutes on 2 CPU cores, with the comparison. Result, seeds 0, 1 and 2: tuned AdamW needs 4.5, 2.3 and 2.3
-times as many steps to the same final training loss, the better of AdamW and Muon 1.3, 1.2 and 1.1 times as many.
+Takes: 2 to 5 minutes on 2 CPU cores, with the comparison. Result, seeds 0, 1 and 2: tuned AdamW needs 4.5, 2.3 and
+2.3 times as many steps to the same final training loss, the better of AdamW and Muon 1.3, 1.2 and 1.1 times as many.
 
 Another module is picked after a colon, and every field below is a flag:
 
