@@ -245,7 +245,7 @@ def _rule(rules: dict[str, Array], shares: Float[Array, " rules"], num_layers: i
 
 def _accumulate(averages: Float[Array, "3 *shape"], x: Float[Array, "*shape"]) -> Float[Array, "3 *shape"]:
   columns = (-1, *[1] * x.ndim)
-  return DECAYS.reshape(columns) * averages + GAINS.reshape(columns) * x[None]
+  return jnp.asarray(DECAYS.reshape(columns)) * averages + GAINS.reshape(columns) * x[None]
 
 
 def _features(
