@@ -8,9 +8,9 @@ github.com/amoudgl/celo (149 KB; MIT licence), or theta.state in huggingface.co/
 
 `tensor_mlp` is a direction, whose learning rate is tuned for each task as those of AdamW and Muon are; tables also
 have it at the rate that it recommends, untuned. Celo decides on its step sizes by itself and is told the number of
-steps. Suites are in lopt/evaluation/suites.py. Writes, for each of them, <suite>/table.md and a page <suite>/report.html
-to `--output`. `fresh` with --num_tasks=2 --num_seeds=2 takes a quarter of an hour on two CPU cores. What came out:
-experiments/notes/celo.md.
+steps. Suites are in lopt/evaluation/suites.py. Writes, for each of them, <suite>/table.md and a page
+<suite>/report.html to `--output`. `fresh` with --num_tasks=2 --num_seeds=2 takes a quarter of an hour on two CPU
+cores. What came out: experiments/notes/celo.md.
 """
 
 import sys

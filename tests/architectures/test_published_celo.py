@@ -25,15 +25,20 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import pytest
 import safetensors.numpy
+from absl import flags
+from flax import serialization
 
+from lopt import configuration
 from lopt.architectures import published, published_celo
 
 NUM_STEPS = 12
 SHAPES = {"b": (5,), "kernel": (2, 3, 4, 3), "scalar": (), "square": (3, 3), "w": (6, 4)}
-FILE = Path(__file__).parent.parent / "data" / "published_celo.safetensors"
+TESTS = Path(__file__).parent.parent
+FILE = TESTS / "data" / "published_celo.safetensors"
 OPTIMIZER = published_celo.build(lstm_size=5, num_rules=3, step_multiplier=10.0)
 
 
@@ -177,3 +182,44 @@ def test_parameters_and_loss_are_needed():
     tx.update(params, tx.init(params), None, value=jnp.float32(1))
   with pytest.raises(ValueError, match="needs the loss"):
     tx.update(params, tx.init(params), params)
+
+
+@pytest.fixture(scope="module")
+def script():
+  """The benchmark that reads the published file, without its flags, of which other scripts have some too."""
+  with pytest.MonkeyPatch.context() as patch:
+    for define in ("DEFINE_string", "DEFINE_list", "DEFINE_integer"):
+      patch.setattr(flags, define, lambda *args, **options: None)
+    return configuration.load(TESTS.parent / "experiments" / "benchmarks" / "celo.py")
+
+
+def test_the_published_file_is_read(script, tmp_path):
+  theta = jax.tree.map(np.asarray, published_celo.build(lstm_size=2, num_rules=3).init(jax.random.key(0)))
+  (tmp_path / "theta.state").write_bytes(serialization.to_bytes(theta))
+  jax.tree.map(np.testing.assert_array_equal, script.read_theta(tmp_path / "theta.state"), theta)
+
+
+FLOATS = msgpack.packb(((2,), "float32", b"\0" * 8))
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b"", "not a file of arrays as Flax writes it: "),
+    (b"\xc1", "not a file of arrays as Flax writes it: "),
+    (b"PK\x03\x04 a zip", "not a file of arrays as Flax writes it: "),
+    (msgpack.packb([1, 2]), "has no dictionary of arrays"),
+    (msgpack.packb({"w": msgpack.ExtType(1, FLOATS)}), "lstm_init_state/hidden: missing; other arrays: w"),
+    (msgpack.packb({"w": msgpack.ExtType(2, FLOATS)}), "not a file .*: an extension of type 2"),
+    (msgpack.packb({"w": msgpack.ExtType(1, FLOATS.replace(b"float32", b"float64"))}), "not a file .*'float64'"),
+    (msgpack.packb({"w": msgpack.ExtType(1, FLOATS[:-1])}), "not a file of arrays"),
+    (msgpack.packb({"w": msgpack.ExtType(1, msgpack.packb(((3,), "float32", b"")))}), "not a file of arrays"),
+    (msgpack.packb({"w": "text"}), ""),
+    (msgpack.packb({1: 2.0}), ""),
+  ],
+)
+def test_files_that_are_not_it(script, tmp_path, content, message):
+  path = tmp_path / "theta.state"
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=rf"^{path}: {message}"):
+    script.read_theta(path)
