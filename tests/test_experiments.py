@@ -153,11 +153,10 @@ def test_suites_are_on_one_page(finished, environment, tmp_path):
   result = run(evaluate(*flags), environment, tmp_path)
   assert result.returncode == 0, result.stderr
   content = json.loads((tmp_path / "out" / "report.json").read_text())
-  assert {name: sorted(x["families"]) for name, x in content["suites"].items()} == {
-    "horizon": ["25_times", "5_times"],
-    "reparametrized": ["cnn", "mlp"],
-  }
-  tasks = [x["tasks"] for x in content["suites"]["horizon"]["families"].values()]
+  families = content["families"]
+  names = ["horizon: 25_times", "horizon: 5_times", "reparametrized: cnn", "reparametrized: mlp"]
+  assert sorted(families) == names
+  tasks = [families[name]["tasks"] for name in names[:2]]
   assert tasks[0] != tasks[1]  # the same family twice, with a seed for each
   assert not (tmp_path / "runs").exists()
 
@@ -321,7 +320,7 @@ def test_a_dead_run_that_goes_on_says_that_nothing_was_gained(environment, meta_
   changes: dict = {"outer_optimizer.learning_rate": 1e4, "outer_optimizer.warmup_steps": 0, "estimator.sigma": 50.0}
   result = run(meta_train(tmp_path / "run", "--max_dead_steps=0", **changes), environment, tmp_path)
   assert result.returncode == 0, result.stderr
-  assert "NO BETTER than the one it started from; the last" in result.stdout
+  assert re.search(r"the last \d+ outer steps had nothing to learn from", result.stdout)
 
 
 @pytest.mark.parametrize("kind", ["limit", "full"])

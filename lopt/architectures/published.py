@@ -1,4 +1,4 @@
-"""Weights published for google/learned_optimization, as θ of the architectures here.
+"""Weights published for google/learned_optimization and what builds on it, as θ of the architectures here.
 
 The layout of that library is a nested dictionary of arrays, Haiku's parameters; a flat one with names joined by "/"
 does as well. Where a default of ours differs from the published code, build with its value:
@@ -6,10 +6,11 @@ does as well. Where a default of ours differs from the published code, build wit
     weights                 θ                          architecture
     MLPLOpt                 mlp(weights)               mlp.build(epsilon=1e-5)
     AdafacMLPLOpt           adafactor_mlp(weights)     adafactor_mlp.build()
+    Celo                    celo(weights)              published_celo.build()
 
 Widths are those of the weights: `hidden_sizes` is to be given if they are not the defaults, and so are the published
 step_mult and exp_mult, which are not in the weights. The published code computes 1 - β in
-float32, for β = 0.9999 wrong in the fourth digit, and ours exactly; updates can differ by as much.
+float32, for β = 0.9999 wrong in the fourth digit, and ours exactly (but for Celo); updates can differ by as much.
 """
 
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ from jaxtyping import Array, Float
 from lopt import base
 
 Arrays = dict[str, Float[Array, "..."]]
+
+CELO_FEATURES = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)  # inputs of Celo's first layer, by array
 
 
 def mlp(weights: Mapping[str, Any]) -> base.Theta:
@@ -62,6 +65,48 @@ def adafactor_mlp(weights: Mapping[str, Any]) -> base.Theta:
   _require_no_more(arrays)
   nn = {f"w{i}": w for i, (w, _) in enumerate(layers)} | {f"b{i}": b for i, (_, b) in enumerate(layers)}
   return {**theta, "nn": {"~": nn}}
+
+
+def celo(weights: Mapping[str, Any]) -> base.Theta:
+  """θ of `published_celo` from Celo's weights, for N rules and an LSTM of n units.
+
+      ff_mod_stack/~/w0__<i> [N, _, _], ff_mod_stack/~/w<i>, ff_mod_stack/~/b<i>
+      lstm_init_state/hidden, lstm_init_state/cell [1, n]
+      rnn_params/<layer>/w, rnn_params/<layer>/b
+
+  with <layer> linear, linear_1, linear_2 (from 18 inputs to n), rnn/linear (from 2n to 4n), rnn_to_controls (from n
+  to N) and step_size (from n to 1).
+
+  Raises:
+    ValueError: An array is missing, not of this architecture, or has the wrong shape.
+  """
+  arrays = _flatten(weights)
+  state = {"hidden": _take(arrays, "lstm_init_state/hidden", (1, None))}
+  n = state["hidden"].shape[1]
+  state["cell"] = _take(arrays, "lstm_init_state/cell", (1, n))
+
+  first_b = _take(arrays, "ff_mod_stack/~/b0", (None, None))
+  (N, size), rules = first_b.shape, {"b0": first_b}
+  for i, rows in enumerate(CELO_FEATURES):
+    rules[f"w0__{i}"] = _take(arrays, f"ff_mod_stack/~/w0__{i}", (N, rows, size))
+  num_layers = max(sum(f"ff_mod_stack/~/w{i}" in arrays for i in range(1, len(arrays))), 1) + 1
+  for i in range(1, num_layers):
+    outputs = 3 if i == num_layers - 1 else None
+    w = rules[f"w{i}"] = _take(arrays, f"ff_mod_stack/~/w{i}", (N, size, outputs))
+    size = w.shape[2]
+    rules[f"b{i}"] = _take(arrays, f"ff_mod_stack/~/b{i}", (N, size))
+
+  shapes = {f"linear{suffix}": (18, n) for suffix in ("", "_1", "_2")}
+  shapes |= {"rnn/linear": (2 * n, 4 * n), "rnn_to_controls": (n, N), "step_size": (n, 1)}
+  scheduler = {
+    layer: {
+      "w": _take(arrays, f"rnn_params/{layer}/w", shape),
+      "b": _take(arrays, f"rnn_params/{layer}/b", shape[1:]),
+    }
+    for layer, shape in shapes.items()
+  }
+  _require_no_more(arrays)
+  return {"ff_mod_stack": {"~": rules}, "lstm_init_state": state, "rnn_params": scheduler}
 
 
 def _flatten(weights: Mapping[str, Any], prefix: str = "") -> Arrays:

@@ -1,0 +1,127 @@
+"""Compares the optimizer that comes with lopt with Celo, as published, on held-out suites.
+
+    python experiments/benchmarks/celo.py --weights=theta.state --suite=fresh,data,architecture,loss
+
+A. Moudgil, B. Knyazev, G. Lajoie, E. Belilovsky, "Celo: Training versatile learned optimizers on a compute diet",
+TMLR 2025 (arXiv:2501.12670). The weights do not come with lopt: they are algoperf/submissions/celo/theta.state in
+github.com/amoudgl/celo (149 KB; MIT licence), or theta.state in huggingface.co/amoudgl/celo.
+
+`tensor_mlp` is a direction, whose learning rate is tuned for each task as those of AdamW and Muon are; tables also
+have it at the rate that it recommends, untuned. Celo decides on its step sizes by itself and is told the number of
+steps. Suites are in lopt/evaluation/suites.py. Writes, for each of them, <suite>/table.md and a page
+<suite>/report.html to `--output`. `fresh` with --num_tasks=2 --num_seeds=2 takes a quarter of an hour on two CPU
+cores. What came out: experiments/notes/celo.md.
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+from absl import app, flags, logging
+from jaxtyping import Float
+
+import lopt
+from lopt import base, configuration
+from lopt.architectures import published, published_celo
+from lopt.evaluation import comparison, evaluate, report, suites
+from lopt.outer import parallel
+from lopt.runs import files, interruption
+
+WEIGHTS = flags.DEFINE_string("weights", None, "The published file theta.state.", required=True)
+SUITE = flags.DEFINE_list("suite", ["fresh"], "Held-out suites, by commas.")
+BASELINES = flags.DEFINE_list("baselines", ["adamw", "muon"], "Functions of lopt/evaluation/baselines.py.")
+NUM_TASKS = flags.DEFINE_integer("num_tasks", 4, "Tasks of each family.", 1)
+NUM_SEEDS = flags.DEFINE_integer("num_seeds", 3, "Runs of each task.", 1)
+SEED = flags.DEFINE_integer("seed", 0, "Which tasks and runs.", 0)
+CACHE = flags.DEFINE_string("cache", "runs/evaluation", "Folder of runs that were done; empty for none.")
+OUTPUT = flags.DEFINE_string("output", "runs/benchmarks/celo", "Folder of the tables.")
+
+NDARRAY = 1  # Flax's type of a msgpack extension
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument: {argv[1]}")
+  logging.set_verbosity(logging.WARNING)
+  parallel.setup()
+  optimizers = {"tensor_mlp": lopt.load("tensor_mlp"), "celo": (published_celo.build(), read_theta(WEIGHTS.value))}
+  folder = Path(OUTPUT.value)
+  everything = {}
+  for suite, members in {name: suites.build(name) for name in SUITE.value}.items():
+    result = compare(suite, members, optimizers)
+    result.report(folder / suite)
+    table = result.table()
+    files.write_atomically(folder / suite / "table.md", table + "\n")
+    print(f"\n{suite}\n\n{table}\n", flush=True)
+    everything |= {f"{suite}: {name}": compared for name, compared in result.comparisons.items()}
+  print(report.table_of_all(everything), "", sep="\n")
+  print(*(report.verdict_of_all(everything, name) for name in optimizers), sep="\n")
+
+
+def compare(suite: str, members: dict[str, suites.Member], optimizers: dict[str, Any]) -> evaluate.Result:
+  """All optimizers on all members of a suite; those with runs of one length together."""
+  by_length: dict[int, dict[str, base.TaskFamily]] = defaultdict(dict)
+  for name, member in members.items():
+    by_length[member.options["num_steps"]][name] = member.family
+  results = [
+    lopt.evaluate(
+      optimizers,
+      families,
+      baselines=BASELINES.value,
+      num_tasks=NUM_TASKS.value,
+      num_seeds=NUM_SEEDS.value,
+      num_steps=num_steps,
+      seed=SEED.value,
+      cache_folder=CACHE.value or None,
+      progress=lambda stage: print(f"{suite}: {stage}", flush=True),
+    )
+    for num_steps, families in by_length.items()
+  ]
+  compared: dict[str, comparison.Comparison] = {}
+  for result in results:
+    compared |= result.comparisons
+  return results[0]._replace(comparisons=compared)
+
+
+def read_theta(path: str | Path) -> base.Theta:
+  """θ of `published_celo.build()` from the published file.
+
+  Raises:
+    OSError: It cannot be read.
+    ValueError: It is not what Flax writes, or not Celo's weights.
+  """
+  data = Path(path).read_bytes()
+  try:
+    tree = msgpack.unpackb(data, ext_hook=_array)
+  except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+    raise ValueError(f"{path}: not a file of arrays as Flax writes it: {error}") from error
+  if not isinstance(tree, dict):
+    raise ValueError(f"{path}: has no dictionary of arrays")
+  try:
+    return published.celo(tree)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{path}: {error}") from error
+
+
+def _array(code: int, data: bytes) -> Float[np.ndarray, "..."]:
+  """An array as Flax packs it: shape, name of the dtype, and bytes in the order of C. Nothing in it is executed."""
+  if code != NDARRAY:
+    raise ValueError(f"an extension of type {code}, which is not of an array")
+  shape, dtype, content = msgpack.unpackb(data)
+  if dtype != "float32":
+    raise ValueError(f"an array of {dtype!r}, not of float32")
+  return np.frombuffer(content, "<f4").reshape(shape)
+
+
+if __name__ == "__main__":
+  try:
+    with interruption.immediate("stopped"):
+      app.run(main)
+  except (configuration.ConfigError, ValueError, OSError) as error:
+    sys.exit(f"celo.py: {error}")
+  except KeyboardInterrupt as error:
+    print("\ncelo.py: interrupted; runs that were done are in --cache", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code if isinstance(error, interruption.InterruptedRun) else 130)
