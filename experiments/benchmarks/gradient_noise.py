@@ -36,7 +36,8 @@ def measure(case: str) -> bench.Figures:
   name, noise, sigma = case.split("/")
   optimizer = lopt.load("adafactor_mlp")
   config = optimizer.config
-  family, _ = configuration.task_families(config["task"], where="config.task")[name]
+  task = {"name": "mixture", "families": {name: config["task"]["families"][name]}}  # no need for the others' data
+  family, _ = configuration.task_families(task, where="config.task")[name]
   horizon = configuration.call(inner_training.log_uniform_horizon, config["horizon"], where="config.horizon")
   problem = inner_training.build(
     family,
