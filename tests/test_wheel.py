@@ -1,6 +1,7 @@
 """The wheel alone, outside of the checkout: what someone has who types `pip install lopt`."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,8 +74,11 @@ def test_it_meta_trains_and_evaluates_in_an_empty_folder(tmp_path):
 
   assert str(site) in run("-c", "import lopt; print(lopt.__file__)")
   changed = [f"--config.{name}={value}" for name, value in TINY.items()]
-  run("-m", "lopt", "meta-train", "--config=quadratics", "--workdir=runs/mine", *changed)
+  run("-m", "lopt", "meta-train", "--config=quadratics", "--workdir=runs/tiny", *changed)
   flags = ["--num_tasks=1", "--num_seeds=1", "--num_steps=5", "--notiming", "--baselines=adamw"]
-  assert "report.html" in run("-m", "lopt", "evaluate", "--optimizer=runs/mine", *flags)
-  code = "import lopt; print(lopt.load('runs/mine')(num_steps=10), lopt.load('tensor_mlp').learning_rate)"
+  assert "report.html" in run(str(site / "bin" / "lopt"), "evaluate", "--optimizer=runs/tiny", *flags)
+  code = "import lopt; print(lopt.load('runs/tiny')(num_steps=10), lopt.load('tensor_mlp').learning_rate)"
   run("-c", code)
+  for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S):
+    if "import" in code:  # the others are lines to be put into a program
+      run("-c", code)
