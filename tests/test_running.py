@@ -167,13 +167,18 @@ def test_a_run_from_python_is_that_of_the_script(tmp_path):
 
 
 def test_suites_bring_their_own_lengths_and_numbers_of_tasks(monkeypatch):
-  asked = []
-  monkeypatch.setattr(held_out, "compare", lambda family, optimizers, **options: asked.append(options))
-  optimizer = trained.TrainedOptimizer({}, tensor_mlp.build(), {})
-  lopt.evaluate({"mine": optimizer}, "horizon", num_tasks=1)
-  assert [(x["num_steps"], x["num_tasks"], x["num_seeds"]) for x in asked] == [(1_000, 1, 5), (5_000, 1, 5)]
-  lopt.evaluate({"mine": optimizer}, regression())
-  assert asked[-1]["num_steps"] == 200
+  class AskedError(Exception):
+    pass
+
+  def ask(family, optimizers, **options):
+    raise AskedError(tuple(options[name] for name in ("num_steps", "num_tasks", "num_seeds")))
+
+  monkeypatch.setattr(held_out, "compare", ask)
+  optimizer = {"mine": trained.TrainedOptimizer({}, tensor_mlp.build(), {})}
+  with pytest.raises(AskedError, match=r"1000, 1, 5"):
+    lopt.evaluate(optimizer, "horizon", num_tasks=1)
+  with pytest.raises(AskedError, match=r"200, 4, 3"):
+    lopt.evaluate(optimizer, regression())
 
 
 def test_no_family_is_refused(tmp_path):

@@ -22,6 +22,7 @@ negative one and a rise.
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -199,7 +200,7 @@ def test_the_published_file_is_read(script, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, script.read_theta(tmp_path / "theta.state"), theta)
 
 
-FLOATS = msgpack.packb(((2,), "float32", b"\0" * 8))
+FLOATS: Any = msgpack.packb(((2,), "float32", b"\0" * 8))
 
 
 @pytest.mark.parametrize(
