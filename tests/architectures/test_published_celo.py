@@ -199,7 +199,7 @@ def test_the_published_file_is_read(script, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, script.read_theta(tmp_path / "theta.state"), theta)
 
 
-FLOATS = msgpack.packb(((2,), "float32", b"\0" * 8))
+FLOATS = msgpack.packb(((2,), "float32", b"\0" * 8)) or b""
 
 
 @pytest.mark.parametrize(
