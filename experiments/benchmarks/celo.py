@@ -57,7 +57,8 @@ def main(argv: list[str]) -> None:
     files.write_atomically(folder / suite / "table.md", table + "\n")
     print(f"\n{suite}\n\n{table}\n", flush=True)
     everything |= {f"{suite}: {name}": compared for name, compared in result.comparisons.items()}
-  print(report.table_of_all(everything), "", sep="\n")
+  if len(SUITE.value) > 1:
+    print(report.table_of_all(everything), "", sep="\n")
   print(*(report.verdict_of_all(everything, name) for name in optimizers), sep="\n")
 
 

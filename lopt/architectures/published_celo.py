@@ -36,6 +36,9 @@ NUM_INPUTS = len(summaries.PROGRESS) + NUM_LOSS_DECAYS - 1  # of the scheduler
 class LossBuffer(NamedTuple):
   """What is remembered of the losses, at ten time scales from 10 steps to the whole run."""
 
+  decays: Float[Array, "10"]
+  """Kept, as in the authors' code. If they were computed anew, the compiler would merge their exponential with later
+  powers, and features, which are quotients of small differences, would differ in the fourth digit."""
   means: Float[Array, "10"]
   """Moving averages, from zero."""
   minima: Float[Array, "10"]
@@ -163,7 +166,7 @@ def build(
           ),
           params,
         ),
-        losses=LossBuffer(jnp.zeros(NUM_LOSS_DECAYS), jnp.full(NUM_LOSS_DECAYS, NO_MINIMUM)),
+        losses=_no_losses(num_steps),
         lstm=_no_state(lstm_size),
       )
 
@@ -172,7 +175,7 @@ def build(
       if params is None or value is None:
         missing = "the parameters" if params is None else "the loss"
         raise ValueError(f"the Celo optimizer needs {missing}: call update(gradients, state, params, value=loss)")
-      losses, of_loss = _observe(state.losses, jnp.asarray(value, jnp.float32), state.count, num_steps)
+      losses, of_loss = _observe(state.losses, jnp.asarray(value, jnp.float32), state.count)
       inputs = jnp.concatenate([summaries.progress(state.count, num_steps), of_loss])[None]
       # The state cannot begin at θ's, because it outlives θ in meta-training.
       begun = hk.LSTMState(theta["lstm_init_state"]["hidden"], theta["lstm_init_state"]["cell"])
@@ -212,18 +215,24 @@ def _no_state(size: int) -> hk.LSTMState:
   return hk.LSTMState(jnp.zeros((1, size)), jnp.zeros((1, size)))
 
 
-def _observe(
-  buffer: LossBuffer, loss: base.Scalar, count: Int[Array, ""], num_steps: Any
-) -> tuple[LossBuffer, Float[Array, "9"]]:
+def _no_losses(num_steps: Any) -> LossBuffer:
+  """The buffer before the first inner step.
+
+  Its half-lives (of which each is really the time to fall to 1/e) go from 10 steps to `num_steps` in equal ratios.
+  """
+  lives = jnp.logspace(1, jnp.log10(jnp.asarray(num_steps, jnp.float32)), NUM_LOSS_DECAYS)
+  minima = jnp.full(NUM_LOSS_DECAYS, NO_MINIMUM)
+  return LossBuffer(jnp.exp(-1 / lives), jnp.zeros(NUM_LOSS_DECAYS), minima)
+
+
+def _observe(buffer: LossBuffer, loss: base.Scalar, count: Int[Array, ""]) -> tuple[LossBuffer, Float[Array, "9"]]:
   """The buffer with the loss of step `count` (0, 1, ...), and features of it.
 
-  The half-lives (of which each is really the time to fall to 1/e) go from 10 steps to `num_steps` in equal ratios. A
-  loss counts for at most twice the largest of the means so far, which are corrected as if there were one loss more.
+  A loss counts for at most twice the largest of the means so far, which are corrected as if there were one loss more.
   A feature is (m_i - l_i) / (m_{i+1} - l_i) - 1, cut to ±1, of the corrected mean m_i and its lowest value l_i: how
   much a mean has grown, next to the slower one. They are 0 in the first two steps.
   """
-  lives = jnp.logspace(1, jnp.log10(jnp.asarray(num_steps, jnp.float32)), NUM_LOSS_DECAYS)
-  decays = jnp.exp(-1 / lives)
+  decays = buffer.decays
   weight = 1 - decays ** (count + 1)
   largest = jnp.where(count == 0, loss, jnp.max(buffer.means / weight))
   loss = jnp.minimum(2 * jnp.abs(largest), loss)
@@ -232,7 +241,7 @@ def _observe(
   minima = jnp.minimum(buffer.minima, corrected)
   rise = (corrected - minima)[:-1] / jnp.maximum(corrected[1:] - minima[:-1], 1e-8)
   features = jnp.clip(rise - 1, -1, 1)
-  return LossBuffer(means, minima), jnp.where(count < 2, 0 * features, features)
+  return LossBuffer(decays, means, minima), jnp.where(count < 2, 0 * features, features)
 
 
 def _rule(rules: dict[str, Array], shares: Float[Array, " rules"], num_layers: int) -> hk.MutableParams:
