@@ -13,8 +13,9 @@ steps. Suites are in lopt/evaluation/suites.py. Writes, for each of them, <suite
 cores. What came out: experiments/notes/celo.md.
 """
 
+import functools
+import shlex
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from jaxtyping import Float
 import lopt
 from lopt import base, configuration
 from lopt.architectures import published, published_celo
-from lopt.evaluation import comparison, evaluate, report, suites
+from lopt.evaluation import baselines, evaluate, report, suites
 from lopt.outer import parallel
 from lopt.runs import files, interruption
 
@@ -47,11 +48,23 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected argument: {argv[1]}")
   logging.set_verbosity(logging.WARNING)
   parallel.setup()
-  optimizers = {"tensor_mlp": lopt.load("tensor_mlp"), "celo": (published_celo.build(), read_theta(WEIGHTS.value))}
-  folder = Path(OUTPUT.value)
+  optimizers: dict[str, Any] = {
+    "tensor_mlp": lopt.load("tensor_mlp"),
+    "celo": (published_celo.build(), read_theta(WEIGHTS.value)),
+  }
+  shipped, folder = optimizers["tensor_mlp"], Path(OUTPUT.value)
+  pairs = {**optimizers, "tensor_mlp": (shipped.architecture, shipped.theta)}
+  options = {
+    "settings": {"num_tasks": NUM_TASKS.value, "num_seeds": NUM_SEEDS.value},
+    "baselines": baselines.named(BASELINES.value),
+    "cache_folder": CACHE.value or None,
+    "progress": functools.partial(print, flush=True),
+  }
+  about = evaluate.about(optimizers, {"command": shlex.join(["python", *sys.argv])})
   everything = {}
-  for suite, members in {name: suites.build(name) for name in SUITE.value}.items():
-    result = compare(suite, members, optimizers)
+  # All are built before the first runs, so that a missing data set is known at once.
+  for suite, members in {name: suites.build(name, seed=SEED.value) for name in SUITE.value}.items():
+    result = evaluate.Result(evaluate.compare({suite: members}, pairs, **options)[suite], about)
     result.report(folder / suite)
     table = result.table()
     files.write_atomically(folder / suite / "table.md", table + "\n")
@@ -60,31 +73,6 @@ def main(argv: list[str]) -> None:
   if len(SUITE.value) > 1:
     print(report.table_of_all(everything), "", sep="\n")
   print(*(report.verdict_of_all(everything, name) for name in optimizers), sep="\n")
-
-
-def compare(suite: str, members: dict[str, suites.Member], optimizers: dict[str, Any]) -> evaluate.Result:
-  """All optimizers on all members of a suite; those with runs of one length together."""
-  by_length: dict[int, dict[str, base.TaskFamily]] = defaultdict(dict)
-  for name, member in members.items():
-    by_length[member.options["num_steps"]][name] = member.family
-  results = [
-    lopt.evaluate(
-      optimizers,
-      families,
-      baselines=BASELINES.value,
-      num_tasks=NUM_TASKS.value,
-      num_seeds=NUM_SEEDS.value,
-      num_steps=num_steps,
-      seed=SEED.value,
-      cache_folder=CACHE.value or None,
-      progress=lambda stage: print(f"{suite}: {stage}", flush=True),
-    )
-    for num_steps, families in by_length.items()
-  ]
-  compared: dict[str, comparison.Comparison] = {}
-  for result in results:
-    compared |= result.comparisons
-  return results[0]._replace(comparisons=compared)
 
 
 def read_theta(path: str | Path) -> base.Theta:

@@ -23,7 +23,8 @@ from lopt import base
 
 Arrays = dict[str, Float[Array, "..."]]
 
-CELO_FEATURES = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)  # inputs of Celo's first layer, by array
+CELO_FEATURES = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
+"""How many rows each feature of Celo's rule has, in the order of the published weights `w0__<i>`."""
 
 
 def mlp(weights: Mapping[str, Any]) -> base.Theta:

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
-from lopt.architectures import layers, sharding, summaries
+from lopt.architectures import layers, published, sharding, summaries
 
 LARGEST_GRADIENT = 1000.0
 # Momentum and factored second moments share the decays. Gains are 1 - β in float32, wrong in the fifth digit, because
@@ -27,8 +27,6 @@ SECOND_MOMENT_DECAY = np.float32(0.999)
 SECOND_MOMENT_GAIN = np.float32(1) - SECOND_MOMENT_DECAY
 NUM_LOSS_DECAYS = 10
 NO_MINIMUM = 999_999_999_999.0
-INPUTS = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
-"""How many rows each of the rule's features has, in the order of the published weights `w0__<i>`."""
 NUM_OUTPUTS = 3  # of which the authors' code uses two
 NUM_INPUTS = len(summaries.PROGRESS) + NUM_LOSS_DECAYS - 1  # of the scheduler
 
@@ -138,9 +136,9 @@ def build(
   )
 
   def init(key: base.PRNGKey) -> base.Theta:
-    keys = iter(jax.random.split(key, 1 + len(INPUTS) + len(hidden_sizes)))
-    fans = (sum(INPUTS), *sizes)
-    shapes = {f"w0__{i}": (rows, sizes[0]) for i, rows in enumerate(INPUTS)}
+    keys = iter(jax.random.split(key, 1 + len(published.CELO_FEATURES) + len(hidden_sizes)))
+    fans = (sum(published.CELO_FEATURES), *sizes)
+    shapes = {f"w0__{i}": (rows, sizes[0]) for i, rows in enumerate(published.CELO_FEATURES)}
     shapes |= {f"w{i}": fans[i : i + 2] for i in range(1, len(sizes))}
     scale = {name: 1 / math.sqrt(fans[0] if name.startswith("w0") else shape[0]) for name, shape in shapes.items()}
     rules = {
@@ -247,7 +245,7 @@ def _observe(buffer: LossBuffer, loss: base.Scalar, count: Int[Array, ""]) -> tu
 def _rule(rules: dict[str, Array], shares: Float[Array, " rules"], num_layers: int) -> hk.MutableParams:
   """The weights of the rule in use, named as `layers.mlp` has them."""
   mixed = {name: jnp.mean(x * shares.reshape(-1, *[1] * (x.ndim - 1)), axis=0) for name, x in rules.items()}
-  first = jnp.concatenate([mixed[f"w0__{i}"] for i in range(len(INPUTS))])
+  first = jnp.concatenate([mixed[f"w0__{i}"] for i in range(len(published.CELO_FEATURES))])
   ws = [first, *(mixed[f"w{i}"] for i in range(1, num_layers))]
   return {f"layer_{i}": {"w": w, "b": mixed[f"b{i}"]} for i, w in enumerate(ws)}
 
@@ -264,7 +262,7 @@ def _features(
   v: Float[Array, "*shape"],
   factored: tuple[Array, ...],
 ) -> tuple[Float[Array, "_ *shape"], ...]:
-  """What the rule sees of each parameter, in the order of `INPUTS`."""
+  """What the rule sees of each parameter, in the order of `published.CELO_FEATURES`."""
   if len(factored) == 1:
     (second,) = factored
     sides = (second, second)
