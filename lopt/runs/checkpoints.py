@@ -181,7 +181,7 @@ def _describe(array: Any) -> dict[str, Any]:
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
-  return np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
+  return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _cut(stored: np.ndarray, described: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -189,7 +189,7 @@ def _cut(stored: np.ndarray, described: dict[str, Any]) -> dict[str, np.ndarray]
   arrays, start = {}, 0
   for name, leaf in described.items():
     end = start + math.prod(leaf["shape"]) * np.dtype(leaf["dtype"]).itemsize
-    arrays[name] = np.frombuffer(stored[start:end].tobytes(), leaf["dtype"]).reshape(leaf["shape"]).copy()
+    arrays[name] = stored[start:end].copy().view(leaf["dtype"]).reshape(leaf["shape"])  # a copy is aligned
     start = end
   if start != stored.size:
     raise ValueError(f"{stored.size} bytes, not {start}")
