@@ -31,7 +31,9 @@ from lopt.runs import interruption, lock, tracking, trained
 OPTIMIZER = flags.DEFINE_list(
   "optimizer", None, "Trained optimizers: names, files or work directories, by commas.", required=True
 )
-CONFIG = command_line.define_flag("config", None, "Take the tasks from this configuration instead.")
+CONFIG = command_line.define_flag(
+  "config", None, "Take the tasks from this configuration instead.", folder=Path(__file__).parent / "configs"
+)
 SUITE = flags.DEFINE_list("suite", None, "Compare on these held-out suites instead, or on all.")
 BASELINES = flags.DEFINE_list("baselines", ["adamw", "muon"], "Functions of lopt/evaluation/baselines.py, or all.")
 MODULES = flags.DEFINE_list("modules", [], "Modules of your own that the optimizers' files may name.")

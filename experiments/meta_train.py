@@ -27,7 +27,12 @@ from lopt import command_line, configuration, experiment, running
 from lopt.outer import parallel
 from lopt.runs import checkpoints, interruption, lock
 
-CONFIG = command_line.define_flag("config", "digits", "What to run: a name in configs/, or the path of a file.")
+CONFIG = command_line.define_flag(
+  "config",
+  "digits",
+  "What to run: a name in configs/, or the path of a file.",
+  folder=Path(__file__).parent / "configs",
+)
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Where the run is kept, and continued from.")
 WANDB = flags.DEFINE_enum(
   "wandb",

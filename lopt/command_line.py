@@ -13,22 +13,24 @@ from ml_collections import config_flags
 from lopt.signatures import ConfigError
 
 
-def define_flag(name: str, default: str | None, help_string: str) -> flags.FlagHolder[Any]:
+def define_flag(
+  name: str, default: str | None, help_string: str, *, folder: Path | None = None
+) -> flags.FlagHolder[Any]:
   """`DEFINE_config_file` that takes names, and exits with one line where `--<name>.field=value` is wrong.
 
   Because ml_collections applies these already here to the default file, and answers with its whole traceback.
 
   Args:
     name: of the flag.
-    default: the path of a configuration, or its name: that of a file in the folder `configs` beside the script.
+    default: the path of a configuration, or its name.
     help_string: of the flag.
+    folder: where configurations are that have names; None: none has one.
   """
-  folder = Path(sys._getframe(1).f_globals["__file__"]).parent / "configs"
   named = re.compile(rf"(--?{name}=)?(\w+)(:.*)?")
 
   def path(value: str) -> str:
     found = named.fullmatch(value)
-    if not found:
+    if folder is None or not found:
       return value
     if not (folder / f"{found[2]}.py").exists():
       there = ", ".join(sorted(x.stem for x in folder.glob("*.py")))
