@@ -29,7 +29,7 @@ SETTINGS = {
   "num_outer_steps": 200,
   "log_every": 2,
   "task.dimension": 4,
-  "architecture.hidden_sizes": (4,),
+  "architecture.hidden_size": 4,
   "estimator.num_pairs": 4,
   "estimator.unroll_length": 5,
   "horizon.minimum": 10,

@@ -30,6 +30,7 @@ FRESH = {
 """The families of meta-training (`experiments/configs/mixture.py`), with fresh tasks and seeds."""
 
 FEWER = {"num_tasks": 4}  # where a run takes long
+REAL = {"num_tasks": 1, "num_steps": 2_000}  # 0.8 and 0.3 million parameters: for an accelerator
 REPARAMETRIZED = {"augmentation": {"reparametrization": (1e-3, 1e3)}}
 
 DEFAULTS = {"seed": 0, "num_tasks": 8, "num_seeds": 5, "num_steps": 200}
@@ -59,6 +60,25 @@ ALL: dict[str, dict[str, dict[str, Any]]] = {
   "loss": {
     "vae": {"name": "mlp_vae", **FEWER},
     "transformer_language": {"name": "transformer_language_model", **FEWER},
+  },
+  "real_size": {
+    "transformer_language": {
+      "name": "transformer_language_model",
+      "width": 128,
+      "num_layers": 4,
+      "num_heads": 4,
+      "context": 64,
+      "batch_size": 32,
+      **REAL,
+    },
+    "resnet": {
+      "name": "resnet_classifier",
+      "dataset": "cifar10",
+      "channels": (32, 64, 128),
+      "batch_size": 64,
+      "min_classes": 10,
+      **REAL,
+    },
   },
   "reparametrized": {
     "mlp": {**MLP, **REPARAMETRIZED},
