@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE := --universal --fork-strategy fewest --python-version 3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help meta-train reproduce-pretrained report evaluate architectures bench paper test check format requirements clean
+.PHONY: help meta-train reproduce-pretrained report evaluate architectures bench check-tpu paper test check format requirements clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 28
@@ -40,6 +40,9 @@ bench: .venv/runtime  ## measure speed and memory of all architectures into runs
 	$(BIN)/python experiments/benchmarks/throughput.py --only='(quad/(8/20|64/50)|mlp8/.*|mlp28/8/20)$$'
 	$(BIN)/python experiments/benchmarks/update_cost.py --only='/[46]$$'
 	$(BIN)/python experiments/benchmarks/scaling.py
+
+check-tpu: .venv/runtime .venv/tpu  ## compile every architecture and estimator for four TPU chips, without one
+	TPU_LIBRARY_PATH=.venv/tpu/libtpu/libtpu.so $(BIN)/python experiments/check_tpu.py
 
 paper: .venv/runtime  ## run the eight experiments of the PES paper (SCALE=full: its sizes) into runs/paper/index.html
 	$(BIN)/python experiments/paper/run_all.py --scale=$(SCALE)
@@ -73,6 +76,12 @@ clean:  ## remove .venv and caches; runs/ stays
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) -r requirements.txt
 	$(PIP_INSTALL) --no-deps --editable .
+	@touch $@
+
+# Beside the packages, not among them: JAX would look for a TPU at every start.
+.venv/tpu: .venv/runtime
+	$(PIP_INSTALL) --target $@ --no-deps "libtpu==$$($(BIN)/python -c 'import importlib.metadata as m, re; \
+	  print(re.search(r"libtpu==([0-9.*]+)", " ".join(m.requires("jax"))).group(1))')"
 	@touch $@
 
 .venv/dev: .venv/runtime requirements-dev.txt

@@ -34,7 +34,7 @@ OPTIMIZER = flags.DEFINE_list(
 CONFIG = command_line.define_flag(
   "config", None, "Take the tasks from this configuration instead.", folder=Path(__file__).parent / "configs"
 )
-SUITE = flags.DEFINE_list("suite", None, "Compare on these held-out suites instead, or on all.")
+SUITE = flags.DEFINE_list("suite", None, "Compare on these held-out suites instead, or on all (but for real_size).")
 BASELINES = flags.DEFINE_list("baselines", ["adamw", "muon"], "Functions of lopt/evaluation/baselines.py, or all.")
 MODULES = flags.DEFINE_list("modules", [], "Modules of your own that the optimizers' files may name.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the results.")
@@ -93,7 +93,7 @@ def tasks(optimizer: trained.TrainedOptimizer) -> dict[str, dict[str, suites.Mem
   if SUITE.value:
     if CONFIG.value:
       raise configuration.ConfigError("--suite: brings its own tasks; leave --config out")
-    names = suites.ALL if SUITE.value == ["all"] else SUITE.value
+    names = [x for x in suites.ALL if x not in suites.LARGE] if SUITE.value == ["all"] else SUITE.value
     return {name: suites.build(name, seed=SEED.value) for name in names}
   if CONFIG.value:  # which modules it names is the user's word; what stands in an optimizer's file is not
     chosen = suites.of_configuration(configuration.plain(CONFIG.value), seed=SEED.value)

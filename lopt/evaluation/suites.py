@@ -86,6 +86,9 @@ ALL: dict[str, dict[str, dict[str, Any]]] = {
   },
 }
 
+LARGE = ("real_size",)
+"""Suites for an accelerator: not among `--suite=all`."""
+
 
 class Member(NamedTuple):
   """Tasks to compare on."""

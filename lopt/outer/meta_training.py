@@ -39,6 +39,8 @@ class Trainer(NamedTuple):
   """The state that `save` made, back on the devices."""
   saved_like: MetaState
   """Shapes and dtypes of what `save` returns."""
+  lower: Callable[[parallel.Devices], jax.stages.Lowered]
+  """The program of `advance` for given devices, which need not be there (`experiments/check_tpu.py`)."""
 
 
 def outer_optimizer(
@@ -160,7 +162,12 @@ def build(
   def load(state: MetaState) -> MetaState:
     return state._replace(particles=parallel.split(state.particles, devices))
 
-  return Trainer(lambda: load(start()), advance, steps_per_call, save, load, saved_like)
+  def lower(devices: parallel.Devices) -> jax.stages.Lowered:
+    split = lambda x: jax.ShapeDtypeStruct((len(devices), x.shape[0] // len(devices), *x.shape[1:]), x.dtype)
+    particles = jax.tree.map(split, saved_like.particles)
+    return parallel.spread(outer_steps, devices).lower(np.int32(0), saved_like[:2], particles)
+
+  return Trainer(lambda: load(start()), advance, steps_per_call, save, load, saved_like, lower)
 
 
 class Every(NamedTuple):

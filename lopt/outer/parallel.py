@@ -10,8 +10,9 @@ the same configuration, holds the part of the particles that its own devices hav
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lopt import base, checks
 
+Devices = Sequence[Any]  # of `jax.Device`, which type checkers take for a variable
 AXIS = "devices"
 RUNS_PER_BLOCK = {"cpu": 1}
 """How many runs a device trains at once in `map_runs`; 64 where not given. More leave a CPU's caches."""
@@ -115,17 +117,20 @@ def mean(x: base.PyTree) -> base.PyTree:
   return jax.lax.pmean(x, AXIS)
 
 
-def spread(function: Callable[..., tuple], devices: int) -> Callable[..., tuple]:
+def spread(function: Callable[..., tuple], devices: int | Devices) -> Any:
   """`function(step, replicated, particles) -> (replicated, particles, outputs)` as one program on all devices.
 
-  `particles` is split over devices by `split`, and its buffers are donated; all else is the same on each.
+  `particles` is split over devices by `split`, and its buffers are donated; all else is the same on each. Devices are
+  a number of this process's, or given, such as those of a machine that is only described.
   """
+  if isinstance(devices, int):
+    devices = jax.local_devices()[:devices] if jax.process_count() == 1 else ()
   return jax.pmap(
     function,
     AXIS,
     in_axes=(None, None, 0),
     out_axes=(None, 0, None),
-    devices=jax.local_devices()[:devices] if jax.process_count() == 1 else None,
+    devices=devices or None,  # None: all of all processes
     donate_argnums=2,
   )
 

@@ -127,6 +127,16 @@ def test_devices_do_not_matter_and_may_change(monkeypatch, num_devices):
   np.testing.assert_allclose(continued.theta["shift"], on_eight.theta["shift"], rtol=1e-5)
 
 
+def test_the_program_for_given_devices_computes_what_advance_computes():
+  trained = trainer(steps_per_call=2)
+  state = trained.init()
+  devices = jax.devices()[: jax.tree.leaves(state.particles)[0].shape[0]]
+  compiled = trained.lower(devices).compile()
+  (theta, _), _, _ = compiled(np.int32(0), state[:2], state.particles)
+  np.testing.assert_array_equal(theta["shift"], run(trainer(steps_per_call=2), 2)[0].theta["shift"])
+  assert "all-reduce" in str(trained.lower(jax.devices()[:2]).compile().as_text())
+
+
 def test_seeds_matter():
   a, _ = run(shared(), 2)
   b, _ = run(trainer(seed=1), 2)
