@@ -7,6 +7,7 @@ that follow the state of training. Networks with one run for each tensor are tho
 (O. Wichrowska et al., ICML 2017; L. Metz et al., "VeLO", 2022).
 """
 
+import math
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -22,6 +23,7 @@ MOMENTUM_DECAYS = (0.5, 0.9, 0.97, 0.99, 0.997)
 SECOND_DECAY = 0.99
 TIME_SCALES = (10, 100)  # inner steps
 NUM_INPUTS = 2 * len(MOMENTUM_DECAYS) + 1 + len(TIME_SCALES)
+NUM_FEATURES = 2 * len(MOMENTUM_DECAYS) + 2
 TINY = 1e-20
 
 
@@ -62,12 +64,11 @@ def build(*, hidden_size: int = 8, step_multiplier: float = 1e-3, zero_output: b
   """
   if hidden_size < 1:
     raise ValueError(f"hidden_size: must be at least 1, not {hidden_size}")
-  num_features = 2 * len(MOMENTUM_DECAYS) + 2
 
   def coefficients(inputs: Float[Array, "inputs tensors"]) -> Float[Array, "features tensors"]:
     w, b = layers.LinearWeights("hidden")(NUM_INPUTS, hidden_size)
     hidden = jnp.tanh(layers.product(w, inputs) + b[:, None])
-    w, b = layers.LinearWeights("coefficients")(hidden_size, num_features, jnp.zeros if zero_output else None)
+    w, b = layers.LinearWeights("coefficients")(hidden_size, NUM_FEATURES, jnp.zeros if zero_output else None)
     return layers.product(w, hidden) + b[:, None]
 
   net = hk.without_apply_rng(hk.transform(coefficients))
@@ -108,15 +109,19 @@ def build(*, hidden_size: int = 8, step_multiplier: float = 1e-3, zero_output: b
         lambda s, g: decays[-1] * s + gains[-1] * _mean_square(g), state.mean_square, updates
       )
 
-      g, p, m, v, s = (jax.tree.leaves(x) for x in (updates, params, momenta, second_moment, mean_square))
+      columns = [jax.tree.leaves(x) for x in (updates, params, momenta, second_moment)]
+      tensors = [(g, p, m, jax.lax.rsqrt(v / second_weight + TINY)) for g, p, m, v in zip(*columns, strict=True)]
+      means = jnp.stack([_means(*x) for x in tensors], axis=1)
+      squares, dots, of_gradient = means[:NUM_FEATURES], means[NUM_FEATURES:-1], means[-1:]
+      of_momenta = squares[1 + len(MOMENTUM_DECAYS) : -1]
+      slow = jnp.stack(jax.tree.leaves(mean_square))[None] / slow_weight
+      agreement = 0.5 * jnp.log((of_momenta / jnp.square(weights)[:, None] + TINY) / (slow + TINY))
+      alignment = dots * jax.lax.rsqrt(of_gradient * of_momenta + TINY)
+      axes = jnp.array([[min(g.ndim, 2) / 2 for g, *_ in tensors]])
       time = jnp.tanh(state.count / jnp.array(TIME_SCALES, jnp.float32) - 1.0)
-      features = [_features(*x, second_weight) for x in zip(g, p, m, v, strict=True)]
-      inputs = [_inputs(*x, weights, slow_weight, time) for x in zip(g, m, s, strict=True)]
-      c = net.apply(theta, jnp.stack(inputs, axis=1))
-      steps = []
-      for i, (values, squares) in enumerate(features):
-        scaled = -step_multiplier * c[:, i] * jax.lax.rsqrt(squares + TINY)
-        steps.append(sum(scaled[k] * x for k, x in enumerate(values)))
+      inputs = jnp.concatenate([agreement, alignment, axes, jnp.tile(time[:, None], len(tensors))])
+      scaled = -step_multiplier * net.apply(theta, inputs) * jax.lax.rsqrt(squares + TINY)
+      steps = [_weighted_sum(*x, scaled[:, i]) for i, x in enumerate(tensors)]
       updates = jax.tree.unflatten(jax.tree.structure(updates), steps)
       return updates, TensorMLPState(count, momenta, second_moment, mean_square)
 
@@ -125,24 +130,32 @@ def build(*, hidden_size: int = 8, step_multiplier: float = 1e-3, zero_output: b
   return base.LearnedOptimizer(init, transform)
 
 
-def _features(g: Array, p: Array, m: Array, v: Array, second_weight: base.Scalar) -> tuple[list[Array], Array]:
-  """The features of a tensor's parameters, and their mean squares."""
-  precondition = jax.lax.rsqrt(v / second_weight + TINY)
-  values = [g * precondition, *[x * precondition for x in m], *m, p]
-  return values, jnp.stack([_mean_square(x) for x in values])
+def _means(g: Array, p: Array, m: Array, precondition: Array) -> Float[Array, " means"]:
+  """Mean squares of a tensor's features, mean products of its momenta and its gradient, mean square of this.
+
+  In few operations, since each is compiled for each tensor.
+  """
+  features = (
+    _mean_square(g * precondition),
+    _mean_square(m * precondition[None], 1),
+    _mean_square(m, 1),
+    _mean_square(p),
+  )
+  return jnp.hstack([*features, _mean(m * g[None], 1), _mean_square(g)])
 
 
-def _inputs(
-  g: Array, m: Array, mean_square: base.Scalar, weights: Array, slow_weight: base.Scalar, time: Array
-) -> Float[Array, " inputs"]:
-  """What the network sees of a tensor."""
-  axes = tuple(range(1, m.ndim))
-  square, dots = _mean_square(g), jnp.sum(m * g[None], axis=axes) / max(g.size, 1)
-  squares = jnp.sum(jnp.square(m), axis=axes) / max(g.size, 1)
-  agreement = 0.5 * jnp.log((squares / jnp.square(weights) + TINY) / (mean_square / slow_weight + TINY))
-  alignment = dots * jax.lax.rsqrt(square * squares + TINY)
-  return jnp.concatenate([agreement, alignment, jnp.array([min(g.ndim, 2) / 2]), time])
+def _weighted_sum(g: Array, p: Array, m: Array, precondition: Array, c: Float[Array, " features"]) -> Array:
+  """Σ_k c_k f_k, with the features in the order of `build`."""
+  count = len(m)
+  preconditioned = c[0] * g + sum(c[1 + k] * m[k] for k in range(count))
+  return precondition * preconditioned + sum(c[1 + count + k] * m[k] for k in range(count)) + c[-1] * p
 
 
-def _mean_square(x: Array) -> base.Scalar:
-  return jnp.sum(jnp.square(x)) / max(x.size, 1)
+def _mean(x: Array, first_axis: int = 0) -> Array:
+  """Over the axes from the first one on; 0 of nothing."""
+  axes = tuple(range(first_axis, x.ndim))
+  return jnp.sum(x, axis=axes) / max(math.prod(x.shape[first_axis:]), 1)
+
+
+def _mean_square(x: Array, first_axis: int = 0) -> Array:
+  return _mean(jnp.square(x), first_axis)
