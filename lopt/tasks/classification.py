@@ -5,8 +5,6 @@ weights, of the inputs and of the loss; and, where it is asked for, a loss funct
 the training data. The data set, the network's shapes and the batch size are the family's.
 """
 
-import functools
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
-from lopt.tasks import datasets, examples, images, ranges
+from lopt.tasks import datasets, examples, images, options, ranges
 
 LOSS_CAP = 10.0
 """In units of the loss of a uniform guess. With the default ranges runs start below 6, so that only diverged runs
@@ -59,24 +57,6 @@ class Examples(NamedTuple):
 
   inputs: Float[Array, "B pixels"]
   labels: Int[Array, " B"]
-
-
-def with_options(build: Callable[..., base.TaskFamily]) -> Callable[..., base.TaskFamily]:
-  """Gives a `build(..., **options)`, which hands them on to `family`, that function's options as its own.
-
-  So that they stand in one place: with their types and defaults, a configuration finds them in the signature.
-  """
-  own, shared = (dict(inspect.signature(function).parameters) for function in (build, family))
-  keywords = {name: p for name, p in {**shared, **own}.items() if p.kind is p.KEYWORD_ONLY}
-  types = {name: p.annotation for name, p in shared.items() if name in keywords}
-
-  @functools.wraps(build)
-  def with_all(**options: Any) -> base.TaskFamily:
-    return build(**options)
-
-  with_all.__annotations__ = {**types, **build.__annotations__}
-  with_all.__signature__ = inspect.Signature(list(keywords.values()))  # pyright: ignore[reportAttributeAccessIssue]
-  return with_all
 
 
 def family(
@@ -268,3 +248,6 @@ def _brier_score(logits: Float[Array, "B classes"], labels: Int[Array, " B"]) ->
 
 _LOSSES = {"cross_entropy": _cross_entropy, "mean_squared_error": _brier_score}
 _UNITS = {"cross_entropy": lambda n: jnp.log(n), "mean_squared_error": lambda n: 1 - 1 / n}
+
+
+with_options = options.of(family)

@@ -4,7 +4,7 @@ Tasks differ in the part of the text that they train on and in the scales of the
 text, the network's sizes and the batch's are the family's.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import haiku as hk
 import jax.numpy as jnp
@@ -29,19 +29,13 @@ class ElmanRNN(hk.VanillaRNN):
 _CORES = {"vanilla": ElmanRNN, "gru": hk.GRU, "lstm": hk.LSTM}
 
 
+@text.with_options
 def build(
   *,
-  dataset: str = "tiny_shakespeare",
-  path: str | None = None,
   core: Core = "gru",
   width: int = 32,
   num_layers: int = 1,
-  context: int = 16,
-  batch_size: int = 16,
-  part: tuple[float, float] = (0.01, 1.0),
-  weight_scale: tuple[float, float] = (0.5, 2.0),
-  loss_scale: tuple[float, float] = (0.1, 10.0),
-  data_dir: str | None = None,
+  **options: Any,
 ) -> base.TaskFamily:
   """Recurrent networks that predict a text's next character.
 
@@ -54,20 +48,12 @@ def build(
       lstm     i, g, f, o = W x + U h + b                                               (Zaremba et al. 2014)
                c ← σ(f + 1) c + σ(i) tanh(g),  h ← σ(o) tanh(c)
 
-  How batches are drawn, what the loss is and its unit: `lopt.tasks.text.language_model`.
-
   Args:
-    dataset: a name that `lopt.tasks.datasets.load_text` takes; without effect where there is a path.
-    path: a UTF-8 file to train on instead.
     core: the recurrent layer.
     width: units of a layer, and of the embedding.
     num_layers: recurrent layers.
-    context: steps that the network is unrolled, and its gradient goes back.
-    batch_size: windows per batch.
-    part: shortest and longest part of the train split that a task has, as shares of it, drawn log-uniformly.
-    weight_scale: lowest and highest factor on the initial weights and embeddings, drawn log-uniformly.
-    loss_scale: the same for the loss.
-    data_dir: where the data sets are; see `lopt.tasks.datasets.load_text`.
+
+  The other options are those of `text.family`. Batches, the loss and its unit: `text.language_model`.
 
   Raises:
     ValueError: an argument is out of range; the message starts with its name.
@@ -75,20 +61,11 @@ def build(
   """
   checks.one_of("core", core, get_args(Core))
   checks.counts(width=width, num_layers=num_layers)
-  data = text.load(dataset, path, data_dir)
 
-  def forward(characters: Int[Array, "B context"]) -> Float[Array, "B context alphabet"]:
+  def network(characters: Int[Array, "B context"], alphabet: int) -> Float[Array, "B context alphabet"]:
     stack = hk.DeepRNN([_CORES[core](width) for _ in range(num_layers)])
-    embedded = hk.Embed(len(data.alphabet), width)(characters)
+    embedded = hk.Embed(alphabet, width)(characters)
     hidden, _ = hk.dynamic_unroll(stack, embedded, stack.initial_state(len(characters)), time_major=False)
-    return hk.Linear(len(data.alphabet))(hidden)
+    return hk.Linear(alphabet)(hidden)
 
-  return text.language_model(
-    data,
-    forward,
-    context=context,
-    batch_size=batch_size,
-    part=part,
-    weight_scale=weight_scale,
-    loss_scale=loss_scale,
-  )
+  return text.family(network, **options)

@@ -1,6 +1,5 @@
 """What families of language models share: everything but the network."""
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
-from lopt.tasks import datasets, ranges
+from lopt.tasks import datasets, options, ranges
 
 LOSS_CAP = 10.0
 """In units of the loss of a uniform guess. Runs start below 1.5 at the default scales, so that only diverged runs
@@ -31,9 +30,49 @@ class TextTask(NamedTuple):
   """Factor on the cross-entropy."""
 
 
-def load(dataset: str, path: str | os.PathLike[str] | None, data_dir: str | os.PathLike[str] | None) -> datasets.Text:
-  """The text at the path or, without one, the data set."""
-  return datasets.load_text(dataset, data_dir=data_dir) if path is None else datasets.read_text(path)
+Network = Callable[[Int[Array, "B context"], int], Float[Array, "B context alphabet"]]
+"""A Haiku function from characters, and how many there are, to the logits of the next ones."""
+
+
+def family(
+  network: Network,
+  *,
+  dataset: str = "tiny_shakespeare",
+  path: str | None = None,
+  context: int = 16,
+  batch_size: int = 16,
+  part: tuple[float, float] = (0.01, 1.0),
+  weight_scale: tuple[float, float] = (0.5, 2.0),
+  loss_scale: tuple[float, float] = (0.1, 10.0),
+  data_dir: str | None = None,
+) -> base.TaskFamily:
+  """Language models of a network on a text that stays on the device.
+
+  Args:
+    network: what is trained.
+    dataset: a name that `lopt.tasks.datasets.load_text` takes; without effect where there is a path.
+    path: a UTF-8 file to train on instead.
+    data_dir: where the data sets are; see `lopt.tasks.datasets.load_text`.
+
+  The other options are those of `language_model`.
+
+  Raises:
+    ValueError: an argument is out of range; the message starts with its name.
+    FileNotFoundError, OSError: the text cannot be had; see `lopt.tasks.datasets.load_text`.
+  """
+  text = datasets.load_text(dataset, data_dir=data_dir) if path is None else datasets.read_text(path)
+  return language_model(
+    text,
+    lambda characters: network(characters, len(text.alphabet)),
+    context=context,
+    batch_size=batch_size,
+    part=part,
+    weight_scale=weight_scale,
+    loss_scale=loss_scale,
+  )
+
+
+with_options = options.of(family)
 
 
 def language_model(
