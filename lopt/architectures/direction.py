@@ -104,7 +104,8 @@ def _direction(
   network: optax.GradientTransformationExtraArgs, strength: float, elementwise: tuple[str, ...]
 ) -> optax.GradientTransformationExtraArgs:
   b1, b2 = BETAS
-  adam = optax.scale_by_adam(b1, b2, eps=1e-8, nesterov=True)
+  # The ε under the root, far below the other: derivatives are finite where gradients are zero (backpropagation).
+  adam = optax.scale_by_adam(b1, b2, eps=1e-8, eps_root=1e-20, nesterov=True)
 
   def init_fn(params):
     rms = jax.tree.map(lambda p: jnp.zeros((), jnp.float32), params)
@@ -170,7 +171,7 @@ def _rms(x: Array) -> base.Scalar:
     return jnp.zeros(())
   peak = jnp.max(jnp.abs(x))
   scale = jnp.where(peak == 0, 1.0, peak)
-  return peak * jnp.sqrt(jnp.mean(jnp.square(x / scale)))
+  return peak * jnp.sqrt(jnp.where(peak == 0, 1.0, jnp.mean(jnp.square(x / scale))))
 
 
 def _unit(x: Array) -> Array:

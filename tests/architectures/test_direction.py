@@ -182,3 +182,27 @@ def test_an_optimizer_without_a_direction_says_so():
 def test_bad_options_are_refused(options):
   with pytest.raises(configuration.ConfigError, match=rf"architecture\.direction: {next(iter(options))}="):
     build(**options)
+
+
+@pytest.mark.parametrize("name", ["tensor_mlp", "mlp"])
+def test_derivatives_by_theta_are_finite_where_gradients_are_zero(name):
+  """As of pixels that are always black, or of a dead layer: truncated backpropagation would drop such windows."""
+  network = configuration.build("architectures", {"name": name, "zero_output": True}, where="architecture")
+  optimizer = direction.wrap(network)
+  mask = jnp.array([0.0, 1.0, 1.0])[:, None]
+
+  def last_loss(theta):
+    tx = optimizer.transform(theta, 10)
+    params = {"w": jnp.ones((3, 2)), "unused": jnp.ones(4)}
+    state = tx.init(params)
+    loss = lambda p: jnp.sum(jnp.square(mask * p["w"] - jnp.array([[0.3, 2.0]])))
+    for _ in range(3):
+      value, gradients = jax.value_and_grad(loss)(params)
+      updates, state = tx.update(gradients, state, params, value=value)
+      params = optax.apply_updates(params, updates)
+    return loss(params)
+
+  gradient = jax.jit(jax.grad(last_loss))(optimizer.init(jax.random.key(0)))
+  leaves = jax.tree.leaves(gradient)
+  assert all(bool(jnp.all(jnp.isfinite(x))) for x in leaves)
+  assert any(bool(jnp.any(x != 0)) for x in leaves)
