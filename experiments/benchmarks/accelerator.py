@@ -35,13 +35,13 @@ class Part(NamedTuple):
 
   seconds: int  # at most
   command: Sequence[str | Path]
-  read: Callable[[Path, str], Any] = lambda folder, output: None  # its figures, from its folder and standard output
+  read: Callable[[str], Any] = lambda output: None  # its figures, from its standard output
 
 
 def parts(folder: Path) -> dict[str, Part]:
   evaluate = EXPERIMENTS / "evaluate.py"
   options = ["--wandb=disabled", "--optimizer=tensor_mlp", "--num_seeds=2"]
-  tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/outer/test_identities.py", "tests/test_drop_in.py"]
+  tests = EXPERIMENTS.parent / "tests"
   throughput = [BENCHMARKS / "throughput.py", f"--output={folder / 'throughput'}"]
   digits = ["--config=digits", f"--workdir={folder / 'digits'}", "--wandb=disabled"]
   report = ["--suite=fresh,data,size,architecture,loss", "--num_tasks=3", f"--output={folder / 'report'}"]
@@ -53,18 +53,18 @@ def parts(folder: Path) -> dict[str, Part]:
     "meta-train": Part(240, [EXPERIMENTS / "meta_train.py", *digits]),
     "real size": Part(400, [evaluate, *options, *real_size]),
     "report": Part(300, [evaluate, *options, *report]),
-    "tests": Part(240, tests),
+    "tests": Part(240, ["-m", "pytest", "-q", tests / "outer/test_identities.py", tests / "test_drop_in.py"]),
   }
 
 
-def _lines(folder: Path, output: str) -> list[Any]:
+def _lines(output: str) -> list[Any]:
   """What a benchmark printed: one JSON object a line."""
   return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 
-def _kernels(folder: Path, output: str) -> dict[str, Any]:
+def _kernels(output: str) -> dict[str, Any]:
   """Kernels of an inner step, and for what share of the time they run, from the trace of an outer step."""
-  (figures,) = _lines(folder, output)
+  (figures,) = _lines(output)
   newest = max(Path(figures["trace"]).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
   planes = [x for x in jax.profiler.ProfileData.from_file(str(newest)).planes if x.name.startswith("/device:")]
   spans = [
@@ -94,9 +94,8 @@ def run(part: Part, folder: Path) -> dict[str, Any]:
       [sys.executable, *part.command], stdout=subprocess.PIPE, stderr=errors, env=environment
     )
     try:
-      code: int | str = 0
       output, _ = process.communicate(timeout=part.seconds)
-      code = process.returncode
+      code: int | str = process.returncode
     except subprocess.TimeoutExpired:
       process.terminate()  # meta-training saves a checkpoint, benchmarks end
       output, _ = process.communicate()
@@ -104,7 +103,7 @@ def run(part: Part, folder: Path) -> dict[str, Any]:
   text = output.decode(errors="replace")
   result = {"exit": code, "seconds": round(time.perf_counter() - begun, 1), "end_of_output": text[-4000:]}
   try:
-    return {**result, "figures": part.read(folder, text)}
+    return {**result, "figures": part.read(text)}
   except Exception as error:  # of a part that did not come far
     return {**result, "unread": f"{type(error).__name__}: {error}"}
 
@@ -121,7 +120,7 @@ def main(argv: list[str]) -> None:
   for name, part in chosen.items():
     print(f"{name}: at most {part.seconds} s", flush=True)
     results[name] = run(part, folder)
-    files.write_atomically(folder / "results.json", json.dumps(results, indent=1).encode())
+    files.write_atomically(folder / "results.json", json.dumps(results, indent=1))
     print(f"{name}: exit {results[name]['exit']}, {results[name]['seconds']} s", flush=True)
   print(
     f"{sum(x['exit'] == 0 for x in results.values())} of {len(results)} parts ended well: {folder / 'results.json'}"

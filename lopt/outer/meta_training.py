@@ -163,8 +163,7 @@ def build(
     return state._replace(particles=parallel.split(state.particles, devices))
 
   def lower(devices: parallel.Devices) -> jax.stages.Lowered:
-    split = lambda x: jax.ShapeDtypeStruct((len(devices), x.shape[0] // len(devices), *x.shape[1:]), x.dtype)
-    particles = jax.tree.map(split, saved_like.particles)
+    particles = jax.eval_shape(lambda x: parallel.split(x, len(devices)), saved_like.particles)
     return parallel.spread(outer_steps, devices).lower(np.int32(0), saved_like[:2], particles)
 
   return Trainer(lambda: load(start()), advance, steps_per_call, save, load, saved_like, lower)

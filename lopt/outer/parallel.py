@@ -123,14 +123,15 @@ def spread(function: Callable[..., tuple], devices: int | Devices) -> Any:
   `particles` is split over devices by `split`, and its buffers are donated; all else is the same on each. Devices are
   a number of this process's, or given, such as those of a machine that is only described.
   """
-  if isinstance(devices, int):
-    devices = jax.local_devices()[:devices] if jax.process_count() == 1 else ()
+  given = None if isinstance(devices, int) else devices
+  if isinstance(devices, int) and jax.process_count() == 1:
+    given = jax.local_devices()[:devices]
   return jax.pmap(
     function,
     AXIS,
     in_axes=(None, None, 0),
     out_axes=(None, 0, None),
-    devices=devices or None,  # None: all of all processes
+    devices=given,  # None: all of all processes
     donate_argnums=2,
   )
 
