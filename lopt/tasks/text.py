@@ -1,7 +1,7 @@
 """What families of language models share: everything but the network."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
@@ -34,56 +34,15 @@ Network = Callable[[Int[Array, "B context"], int], Float[Array, "B context alpha
 """A Haiku function from characters, and how many there are, to the logits of the next ones."""
 
 
-def family(
-  network: Network,
+def language_model(
+  text: datasets.Text,
+  forward: Callable[[Int[Array, "B context"]], Float[Array, "B context alphabet"]],
   *,
-  dataset: str = "tiny_shakespeare",
-  path: str | None = None,
   context: int = 16,
   batch_size: int = 16,
   part: tuple[float, float] = (0.01, 1.0),
   weight_scale: tuple[float, float] = (0.5, 2.0),
   loss_scale: tuple[float, float] = (0.1, 10.0),
-  data_dir: str | None = None,
-) -> base.TaskFamily:
-  """Language models of a network on a text that stays on the device.
-
-  Args:
-    network: what is trained.
-    dataset: a name that `lopt.tasks.datasets.load_text` takes; without effect where there is a path.
-    path: a UTF-8 file to train on instead.
-    data_dir: where the data sets are; see `lopt.tasks.datasets.load_text`.
-
-  The other options are those of `language_model`.
-
-  Raises:
-    ValueError: an argument is out of range; the message starts with its name.
-    FileNotFoundError, OSError: the text cannot be had; see `lopt.tasks.datasets.load_text`.
-  """
-  text = datasets.load_text(dataset, data_dir=data_dir) if path is None else datasets.read_text(path)
-  return language_model(
-    text,
-    lambda characters: network(characters, len(text.alphabet)),
-    context=context,
-    batch_size=batch_size,
-    part=part,
-    weight_scale=weight_scale,
-    loss_scale=loss_scale,
-  )
-
-
-with_options = options.of(family)
-
-
-def language_model(
-  text: datasets.Text,
-  forward: Callable[[Int[Array, "B context"]], Float[Array, "B context alphabet"]],
-  *,
-  context: int,
-  batch_size: int,
-  part: tuple[float, float],
-  weight_scale: tuple[float, float],
-  loss_scale: tuple[float, float],
 ) -> base.TaskFamily:
   """Tasks of predicting each character of a text from those before it.
 
@@ -152,3 +111,33 @@ def language_model(
     return loss / (task_params.loss_scale * jnp.log(len(text.alphabet)))
 
   return base.TaskFamily(sample, init, batch, loss, normalize, LOSS_CAP)
+
+
+@options.of(language_model)
+def family(
+  network: Network,
+  *,
+  dataset: str = "tiny_shakespeare",
+  path: str | None = None,
+  data_dir: str | None = None,
+  **options: Any,
+) -> base.TaskFamily:
+  """Language models of a network on a text that stays on the device.
+
+  Args:
+    network: what is trained.
+    dataset: a name that `lopt.tasks.datasets.load_text` takes; without effect where there is a path.
+    path: a UTF-8 file to train on instead.
+    data_dir: where the data sets are; see `lopt.tasks.datasets.load_text`.
+
+  The other options are those of `language_model`.
+
+  Raises:
+    ValueError: an argument is out of range; the message starts with its name.
+    FileNotFoundError, OSError: the text cannot be had; see `lopt.tasks.datasets.load_text`.
+  """
+  text = datasets.load_text(dataset, data_dir=data_dir) if path is None else datasets.read_text(path)
+  return language_model(text, lambda characters: network(characters, len(text.alphabet)), **options)
+
+
+with_options = options.of(family)
