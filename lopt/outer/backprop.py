@@ -121,7 +121,7 @@ def _truncated(
       )
       return TruncatedState(state.index, episodes), gradients_of(1.0, 1.0) / unroll_length, losses
 
-    state, gradients, losses = unrolls.in_blocks(advance_block, problem, runs_per_block, state)
+    state, gradients, losses = unrolls.in_blocks(advance_block, problem, theta, runs_per_block, state)
     gradients = _clipped(gradients, clip_norm)
     return unravel(jnp.mean(gradients, axis=0)), state, unrolls.metrics(gradients, losses, unroll_length)
 
@@ -149,7 +149,7 @@ def _full(
       gradients, losses = jax.grad(total, has_aux=True)(thetas)
       return unrolls.without_capped(gradients[:, 0], losses.diverged[:, 0]), losses
 
-    gradients, losses = unrolls.in_blocks(differentiate_block, problem, runs_per_block, state.index)
+    gradients, losses = unrolls.in_blocks(differentiate_block, problem, theta, runs_per_block, state.index)
     gradients = _clipped(gradients / state.mean_horizon[0], clip_norm)
     metrics = unrolls.metrics(gradients, losses, state.mean_horizon[0])
     return unravel(jnp.mean(gradients, axis=0)), state, metrics

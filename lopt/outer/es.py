@@ -86,7 +86,7 @@ def _full(
       thetas = vectors.perturbed(flat, epsilon, signs=(1, -1))
       return epsilon, unrolls.unroll_episode(problem, thetas, unravel, keys[:, 1])
 
-    epsilon, losses = unrolls.in_blocks(unroll_block, problem, pairs_per_block, state.index)
+    epsilon, losses = unrolls.in_blocks(unroll_block, problem, theta, pairs_per_block, state.index)
     gradients = vectors.antithetic_gradients(epsilon, losses.first, sigma, state.mean_horizon[0])
     metrics = unrolls.metrics(gradients, losses, state.mean_horizon[0])
     return unravel(jnp.mean(gradients, axis=0)), state, metrics
@@ -123,7 +123,7 @@ def _truncated(
       mean_run = jax.tree.map(lambda x: x[:, 2], end.state)
       return TruncatedState(state.index, end._replace(state=mean_run)), epsilon, losses
 
-    state, epsilon, losses = unrolls.in_blocks(advance_block, problem, pairs_per_block, state)
+    state, epsilon, losses = unrolls.in_blocks(advance_block, problem, theta, pairs_per_block, state)
     gradients = vectors.antithetic_gradients(epsilon, losses.first + losses.rest, sigma, unroll_length)
     return unravel(jnp.mean(gradients, axis=0)), state, unrolls.metrics(gradients, losses, unroll_length)
 

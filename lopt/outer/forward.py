@@ -86,7 +86,7 @@ def build(
       keys = jax.vmap(jax.random.split)(unrolls.group_keys(key, state.index))
       return advance(keys, flat, unravel, state)
 
-    state, gradients, losses = unrolls.in_blocks(advance_block, problem, runs_per_block, state)
+    state, gradients, losses = unrolls.in_blocks(advance_block, problem, theta, runs_per_block, state)
     gradients /= unroll_length
     return unravel(jnp.mean(gradients, axis=0)), state, unrolls.metrics(gradients, losses, unroll_length)
 

@@ -144,7 +144,7 @@ def build(
         noise = Noise(unrolls.where_group(losses.restarted, drawn, epsilon), left)
       return PESState(state.index, episodes, xi, noise), gradients, losses
 
-    state, gradients, losses = unrolls.in_blocks(advance_block, problem, pairs_per_block, state)
+    state, gradients, losses = unrolls.in_blocks(advance_block, problem, theta, pairs_per_block, state)
     metrics = unrolls.metrics(gradients, losses, unroll_length)
     metrics["inner_steps"] = jnp.float32(particles * unroll_length)
     return unravel(jnp.mean(gradients, axis=0)), state, metrics

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lopt import base
-from lopt.outer import backprop, es, final_loss, forward, parallel, pes, vectors
+from lopt.outer import backprop, es, final_loss, forward, parallel, pes, unrolls, vectors
 
 THETA = {"w": jnp.array([0.3, -0.2]), "b": jnp.float32(0.1)}
 
@@ -365,3 +365,27 @@ def test_integer_theta_is_refused():
   estimator = pes.build(problem())
   with pytest.raises(TypeError, match=r"theta\['n'\]: int32"):
     estimator.init(jax.random.key(0), {"n": jnp.array(3)})
+
+
+@pytest.mark.parametrize(
+  ("bytes_of_a_step", "groups", "expected"),
+  [(4, 16, 8), (unrolls.CACHED_BYTES // 4, 16, 4), (unrolls.CACHED_BYTES // 3, 16, 2), (2**21, 16, 1), (4, 3, 3)],
+)
+def test_blocks_are_what_fits_the_cache(bytes_of_a_step, groups, expected):
+  """The largest array of a step decides, wherever it is computed: here in a branch of a loop."""
+  count = bytes_of_a_step // 4
+
+  def step(theta, state, key):
+    inside = lambda _, x: jax.lax.cond(x > 0, lambda: x, lambda: jnp.sum(jax.random.normal(key, (count,))))
+    return state, jax.lax.fori_loop(0, 2, inside, theta["b"])
+
+  seen = []
+
+  def function(x):
+    seen.append(len(x))
+    return x
+
+  x = jnp.arange(groups)
+  result = unrolls.in_blocks(function, problem()._replace(step=step), THETA, None, x)
+  assert seen == [expected]
+  np.testing.assert_array_equal(result, x)
