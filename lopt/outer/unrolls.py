@@ -284,18 +284,12 @@ def _largest_array(problem: base.UnrolledProblem, theta: base.Theta) -> int:
 
   def largest(jaxpr: core.Jaxpr) -> int:
     sizes = [math.prod(getattr(x.aval, "shape", ())) * 4 for equation in jaxpr.eqns for x in equation.outvars]
-    inner = jax.tree.leaves([equation.params for equation in jaxpr.eqns], is_leaf=_is_jaxpr)
-    sizes += [largest(getattr(x, "jaxpr", x)) for x in inner if _is_jaxpr(x)]
-    return max(sizes, default=1)
+    return max([*sizes, *map(largest, core.subjaxprs(jaxpr))], default=1)
 
   key = jax.random.key(0)
   state = jax.eval_shape(lambda: problem.init(key, problem.horizon(key)))
   theta = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), theta)
   return largest(jax.make_jaxpr(problem.step)(theta, state, key).jaxpr)
-
-
-def _is_jaxpr(x: object) -> bool:
-  return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
 
 
 def metrics(gradients: Float[Array, "groups P"], losses: Losses, steps: base.Scalar | float | int) -> base.Metrics:
