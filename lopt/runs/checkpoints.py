@@ -9,6 +9,7 @@ import logging
 import math
 import shutil
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,6 +170,10 @@ def _manager(workdir: str | Path, **options: Any) -> Iterator[ocp.CheckpointMana
     with ocp.CheckpointManager(folder, options=manager_options) as manager:
       yield manager
   finally:
+    # Where one item fails, the thread that writes another goes on, and complains once its folder is gone.
+    for thread in threading.enumerate():
+      if type(thread).__module__.startswith("orbax."):
+        thread.join(timeout=60)
     logger.setLevel(level)
 
 
