@@ -45,8 +45,9 @@ def build(*, hidden_size: int = 8, step_multiplier: float = 1e-3, zero_output: b
 
       g / √v,  m_β / √v,  [g m_β > 0] m_β / √v (β = 0.9 and 0.97),  m_β,  p,
 
-  the third ones "cautious" (K. Liang et al., "Cautious optimizers", 2024), each divided by its root mean square over the tensor. Coefficients come from an MLP with one hidden layer (tanh).
-  Its inputs are, with root mean squares over the tensor and ⟨·⟩ averaged with the longest of the decays,
+  the third ones "cautious" (K. Liang et al., "Cautious optimizers", 2024), each divided by its root mean square over
+  the tensor. Coefficients come from an MLP with one hidden layer (tanh). Its inputs are, with root mean squares over
+  the tensor and ⟨·⟩ averaged with the longest of the decays,
 
       log rms(m_β) / √⟨mean g²⟩      how far the gradients of the last 1 / (1 - β) steps agree
       its mean over the tensors
