@@ -3,8 +3,8 @@
     make reproduce-pretrained NAME=tensor_mlp
 
 which is `meta_train.py --config=experiments/configs/pretrained.py:architecture=tensor_mlp`: learned directions, on
-the mixture of `mixture.py`. Learning rates are drawn around the recommended one for each episode; what is minimised is the
-logarithm of the loss, late losses more than early ones, so that getting from 0.02 to 0.01 counts as well as
+the mixture of `mixture.py`. Learning rates are drawn around the recommended one for each episode; what is minimised
+is the logarithm of the loss, late losses more than early ones, so that getting from 0.02 to 0.01 counts as well as
 getting from 1 to 0.5.
 
 `tensor_mlp` is differentiated through whole episodes of at most 200 steps, and every run's gradient counts alike,
