@@ -67,8 +67,8 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   settings = SETTINGS[name]
   whole_episodes = settings.whole_episodes and "estimator=" not in choices
   if whole_episodes:
-    config.estimator = configuration.choose("", estimator={"backprop": EPISODES}).estimator
-    config.estimator.max_horizon = settings.longest
+    del config["estimator"]
+    config.update(configuration.choose("", estimator={"backprop": {**EPISODES, "max_horizon": settings.longest}}))
   architecture = {**ARCHITECTURES[name], "direction": {"learning_rate": settings.learning_rate}}
   config.architecture = configuration.choose(f"architecture={name}", architecture={name: architecture}).architecture
   config.num_outer_steps = settings.num_outer_steps

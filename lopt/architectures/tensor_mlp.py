@@ -7,6 +7,7 @@ that follow the state of training. Networks with one run for each tensor are tho
 (O. Wichrowska et al., ICML 2017; L. Metz et al., "VeLO", 2022).
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -163,7 +164,7 @@ def _cautious(g: Array, m: Array) -> Array:
 
 
 def _sum(c: Float[Array, " terms"], x: Array) -> Array:
-  return sum(c[k] * x[k] for k in range(len(x)))
+  return functools.reduce(jnp.add, (c[k] * x[k] for k in range(len(x))))
 
 
 def _mean(x: Array, first_axis: int = 0) -> Array:
