@@ -2,16 +2,11 @@
 
     make reproduce-pretrained NAME=tensor_mlp
 
-which is `meta_train.py --config=experiments/configs/pretrained.py:architecture=tensor_mlp`: learned directions, on
-the mixture of `mixture.py`. Learning rates are drawn around the recommended one for each episode; what is minimised
-is the logarithm of the loss, late losses more than early ones, so that getting from 0.02 to 0.01 counts as well as
-getting from 1 to 0.5.
-
-`tensor_mlp` is differentiated through whole episodes of at most 200 steps, and every run's gradient counts alike,
-whatever its norm, which is 10³ times and more the median's where training is chaotic. Of directions, whose steps have
-a size of their own, a run's gradient then tells 10² to 10⁴ times as much as a pair of PES (`../notes/directions.md`).
-The others are by PES, which keeps its noise for the whole episode (NRES, ES-Single): that makes meta-gradients less
-noisy (`../benchmarks/gradient_noise.py`). `:architecture=tensor_mlp,estimator=pes` is PES too.
+which is `meta_train.py --config=experiments/configs/pretrained.py:architecture=tensor_mlp`: learned directions, by
+PES on the mixture of `mixture.py`. Learning rates are drawn around the recommended one for each episode; what is
+minimised is the logarithm of the loss, late losses more than early ones, so that getting from 0.02 to 0.01 counts as
+well as getting from 1 to 0.5. PES keeps its noise for the whole episode (NRES, ES-Single), which makes meta-gradients
+less noisy (`../benchmarks/gradient_noise.py`).
 
 The estimators that the paper compares with, at as many inner steps: `:architecture=mlp,estimator=es` is truncated ES,
 `:architecture=mlp,estimator=backprop` truncated backpropagation.
@@ -29,13 +24,11 @@ mixture = configuration.load(pathlib.Path(__file__).with_name("mixture.py"))
 NETWORK = {"step_multiplier": 1.0, "zero_output": True}
 TIME_SCALES = (1, 3, 10, 30, 100)  # longer ones go on changing after the longest run of meta-training
 ARCHITECTURES = {
-  "tensor_mlp": {**NETWORK, "step_multiplier": 0.3, "hidden_size": 16},
+  "tensor_mlp": {**NETWORK, "step_multiplier": 0.3},
   "adafactor_mlp": {**NETWORK, "time_scales": TIME_SCALES},
   "mlp": {**NETWORK, "time_scales": TIME_SCALES, "hidden_sizes": (16, 16)},
   "lstm": {**NETWORK, "hidden_sizes": (16,)},
 }
-
-EPISODES = {"num_runs": 8, "unroll_length": None, "clip_norm": 1e-6}  # far below the norm of any run's gradient
 
 
 class Settings(NamedTuple):
@@ -46,13 +39,10 @@ class Settings(NamedTuple):
   learning_rate: float = 2e-2
   step_spread: float = 2.5
   late_power: float = 4.0
-  log_floor: float = 1e-3
-  outer_learning_rate: float = 1e-2
-  whole_episodes: bool = False  # whether by backpropagation through them, unless another estimator is chosen
 
 
 SETTINGS = {
-  "tensor_mlp": Settings(800, longest=200, log_floor=1e-4, outer_learning_rate=5e-3, whole_episodes=True),
+  "tensor_mlp": Settings(8_000),
   "adafactor_mlp": Settings(600, longest=400, learning_rate=1e-2, step_spread=3.0, late_power=2.0),  # the first try
   "mlp": Settings(400),
   "lstm": Settings(200),
@@ -65,18 +55,12 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   if name not in ARCHITECTURES:
     raise configuration.ConfigError(f"architecture={name}: is not pretrained; there are: {', '.join(ARCHITECTURES)}")
   settings = SETTINGS[name]
-  whole_episodes = settings.whole_episodes and "estimator=" not in choices
-  if whole_episodes:
-    del config["estimator"]
-    config.update(configuration.choose("", estimator={"backprop": {**EPISODES, "max_horizon": settings.longest}}))
   architecture = {**ARCHITECTURES[name], "direction": {"learning_rate": settings.learning_rate}}
   config.architecture = configuration.choose(f"architecture={name}", architecture={name: architecture}).architecture
   config.num_outer_steps = settings.num_outer_steps
   config.horizon.maximum = settings.longest
   config.step_spread = settings.step_spread
   config.late_power = settings.late_power
-  config.log_floor = settings.log_floor
-  config.outer_optimizer.learning_rate = settings.outer_learning_rate
   estimator = config.estimator
   if "sigma" in estimator:
     estimator.sigma = 0.1
@@ -85,6 +69,6 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   if estimator.name == "es":
     estimator.unroll_length = 20
     estimator.num_pairs = 11  # each with a run of its mean: 33 inner runs, where PES has 32
-  if estimator.name == "backprop" and not whole_episodes:
+  if estimator.name == "backprop":
     estimator.clip_norm = 1.0  # without, single runs have gradients of 10^19, and θ is lost after 100 outer steps
   return config

@@ -7,7 +7,6 @@ that follow the state of training. Networks with one run for each tensor are tho
 (O. Wichrowska et al., ICML 2017; L. Metz et al., "VeLO", 2022).
 """
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -23,9 +22,8 @@ from lopt.architectures import layers, sharding
 MOMENTUM_DECAYS = (0.5, 0.9, 0.97, 0.99, 0.997)
 SECOND_DECAY = 0.99
 TIME_SCALES = (10, 100)  # inner steps
-CAUTIOUS = (1, 2)  # the places in it of those momenta that are also taken where they have the gradient's sign
-NUM_INPUTS = 3 * len(MOMENTUM_DECAYS) + 1 + len(TIME_SCALES)
-NUM_FEATURES = 2 * len(MOMENTUM_DECAYS) + len(CAUTIOUS) + 2
+NUM_INPUTS = 2 * len(MOMENTUM_DECAYS) + 1 + len(TIME_SCALES)
+NUM_FEATURES = 2 * len(MOMENTUM_DECAYS) + 2
 TINY = 1e-20
 
 
@@ -42,16 +40,14 @@ def build(*, hidden_size: int = 8, step_multiplier: float = 1e-3, zero_output: b
   """Δp = -λ Σ_k c_k f_k, with features f_k of the parameter and coefficients c_k of its tensor.
 
   With momenta m_β ← β m_β + (1 - β) g for five β, the second moment v ← 0.99 v + 0.01 g², all corrected for their
-  beginning at zero, the fourteen features are
+  beginning at zero, the twelve features are
 
-      g / √v,  m_β / √v,  [g m_β > 0] m_β / √v (β = 0.9 and 0.97),  m_β,  p,
+      g / √v,  m_β / √v,  m_β,  p,
 
-  the third ones "cautious" (K. Liang et al., "Cautious optimizers", 2024), each divided by its root mean square over
-  the tensor. Coefficients come from an MLP with one hidden layer (tanh). Its inputs are, with root mean squares over
-  the tensor and ⟨·⟩ averaged with the longest of the decays,
+  each divided by its root mean square over the tensor. Coefficients come from an MLP with one hidden layer (tanh).
+  Its inputs are, with root mean squares over the tensor and ⟨·⟩ averaged with the longest of the decays,
 
       log rms(m_β) / √⟨mean g²⟩      how far the gradients of the last 1 / (1 - β) steps agree
-      its mean over the tensors
       cos(g, m_β)                    whether the newest does
       min(axes of the tensor, 2) / 2
       tanh(t/τ - 1)                  of the step t, for τ = 10 and 100.
@@ -59,7 +55,7 @@ def build(*, hidden_size: int = 8, step_multiplier: float = 1e-3, zero_output: b
   Nothing in it depends on the scale of gradients or parameters.
 
   Args:
-    hidden_size: Units of the hidden layer; 8 make 278 meta-parameters, 16 make 542.
+    hidden_size: Units of the hidden layer; 8 make 220 meta-parameters.
     step_multiplier: λ.
     zero_output: Whether the last layer begins at zero, and with it the updates: for learned directions.
 
@@ -117,14 +113,13 @@ def build(*, hidden_size: int = 8, step_multiplier: float = 1e-3, zero_output: b
       tensors = [(g, p, m, jax.lax.rsqrt(v / second_weight + TINY)) for g, p, m, v in zip(*columns, strict=True)]
       means = jnp.stack([_means(*x) for x in tensors], axis=1)
       squares, dots, of_gradient = means[:NUM_FEATURES], means[NUM_FEATURES:-1], means[-1:]
-      of_momenta = squares[1 + len(MOMENTUM_DECAYS) + len(CAUTIOUS) : -1]
+      of_momenta = squares[1 + len(MOMENTUM_DECAYS) : -1]
       slow = jnp.stack(jax.tree.leaves(mean_square))[None] / slow_weight
       agreement = 0.5 * jnp.log((of_momenta / jnp.square(weights)[:, None] + TINY) / (slow + TINY))
       alignment = dots * jax.lax.rsqrt(of_gradient * of_momenta + TINY)
       axes = jnp.array([[min(g.ndim, 2) / 2 for g, *_ in tensors]])
       time = jnp.tanh(state.count / jnp.array(TIME_SCALES, jnp.float32) - 1.0)
-      everywhere = jnp.tile(jnp.mean(agreement, axis=1, keepdims=True), len(tensors))
-      inputs = jnp.concatenate([agreement, everywhere, alignment, axes, jnp.tile(time[:, None], len(tensors))])
+      inputs = jnp.concatenate([agreement, alignment, axes, jnp.tile(time[:, None], len(tensors))])
       scaled = -step_multiplier * net.apply(theta, inputs) * jax.lax.rsqrt(squares + TINY)
       steps = [_weighted_sum(*x, scaled[:, i]) for i, x in enumerate(tensors)]
       updates = jax.tree.unflatten(jax.tree.structure(updates), steps)
@@ -143,7 +138,6 @@ def _means(g: Array, p: Array, m: Array, precondition: Array) -> Float[Array, " 
   features = (
     _mean_square(g * precondition),
     _mean_square(m * precondition[None], 1),
-    _mean_square(_cautious(g, m) * precondition[None], 1),
     _mean_square(m, 1),
     _mean_square(p),
   )
@@ -152,19 +146,9 @@ def _means(g: Array, p: Array, m: Array, precondition: Array) -> Float[Array, " 
 
 def _weighted_sum(g: Array, p: Array, m: Array, precondition: Array, c: Float[Array, " features"]) -> Array:
   """Σ_k c_k f_k, with the features in the order of `build`."""
-  of_momenta, of_cautious, of_plain = jnp.split(c[1:-1], [len(m), len(m) + len(CAUTIOUS)])
-  preconditioned = c[0] * g + _sum(of_momenta, m) + _sum(of_cautious, _cautious(g, m))
-  return precondition * preconditioned + _sum(of_plain, m) + c[-1] * p
-
-
-def _cautious(g: Array, m: Array) -> Array:
-  """Momenta, 0 where the gradient has another sign."""
-  chosen = jnp.stack([m[k] for k in CAUTIOUS])
-  return jnp.where(chosen * g[None] > 0, chosen, 0.0)
-
-
-def _sum(c: Float[Array, " terms"], x: Array) -> Array:
-  return functools.reduce(jnp.add, (c[k] * x[k] for k in range(len(x))))
+  count = len(m)
+  preconditioned = c[0] * g + sum(c[1 + k] * m[k] for k in range(count))
+  return precondition * preconditioned + sum(c[1 + count + k] * m[k] for k in range(count)) + c[-1] * p
 
 
 def _mean(x: Array, first_axis: int = 0) -> Array:
