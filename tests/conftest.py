@@ -30,7 +30,7 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)  # virtual devices, so that what depends on their number is tested
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of the time of these tests is compiling, and this takes 40% off it. Scripts that tests start are as for users.
+# Most of the time of these tests is compiling, and this takes 40% off it. What the README shows runs as for users.
 jax.config.update("jax_disable_most_optimizations", True)
 
 # Every jaxtyping annotation of the package is checked when its function is called. A module imported before the
@@ -75,11 +75,12 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-  """That of a new user, but for programs compiled by one test that the next can use."""
+  """That of a new user, but for quick compilation, and programs compiled by one test that the next can use."""
   cache = tmp_path_factory.mktemp("compiled")
-  return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+  changes = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+  return {**os.environ, **changes}
 
 
 @pytest.fixture(scope="session")

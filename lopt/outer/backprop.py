@@ -191,10 +191,7 @@ def _unroll_episode(
       state = unrolls.where_group(running, new, state)
       return state, total + jnp.where(running[:, None], loss, 0.0), diverged | (diverged_now & running[:, None])
 
-    # Of a step its beginning alone is kept: on CPUs, computing the rest again is faster than writing it down.
-    return jax.lax.cond(
-      jnp.any(running), jax.checkpoint(advance, prevent_cse=False), lambda carry: carry, carry
-    ), None
+    return jax.lax.cond(jnp.any(running), advance, lambda carry: carry, carry), None
 
   def segment(carry, first):
     return jax.lax.scan(step, carry, first + jnp.arange(length))

@@ -139,10 +139,11 @@ def full_bptt(problem):
   return backprop.build(problem, num_runs=PAIRS, unroll_length=None, max_horizon=13, runs_per_block=PAIRS)
 
 
-# Compiling derivatives of replicated windows takes long, so for these some unroll lengths wait for `pytest -m slow`.
+# Compiling takes long. An unroll length that divides no horizon but 3, and one that divides some and is longer than
+# others, are tested always; the other lengths wait for `pytest -m slow`, and, where windows are differentiated, so does 5.
 EXPENSIVE = {"pes+analytic", "uoro"}
 GRID = [
-  pytest.param(name, k, marks=[pytest.mark.slow] if name in EXPENSIVE and k not in (1, 3) else [])
+  pytest.param(name, k, marks=[] if k == 3 or (k == 5 and name not in EXPENSIVE) else [pytest.mark.slow])
   for name in ONLINE
   for k in UNROLLS
 ]
