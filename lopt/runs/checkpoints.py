@@ -173,7 +173,7 @@ def _manager(workdir: str | Path, **options: Any) -> Iterator[ocp.CheckpointMana
     # Where one item fails, the thread that writes another goes on, and complains once its folder is gone.
     for thread in threading.enumerate():
       if type(thread).__module__.startswith("orbax."):
-        thread.join(timeout=60)
+        threading.Thread.join(thread, timeout=60)  # their own raises their error, in place of the first one
     logger.setLevel(level)
 
 

@@ -139,8 +139,9 @@ def full_bptt(problem):
   return backprop.build(problem, num_runs=PAIRS, unroll_length=None, max_horizon=13, runs_per_block=PAIRS)
 
 
-# Compiling takes long. An unroll length that divides no horizon but 3, and one that divides some and is longer than
-# others, are tested always; the other lengths wait for `pytest -m slow`, and, where windows are differentiated, so does 5.
+# Compiling takes long. Always tested: K = 3, which divides neither 7 nor 10, and 5, which divides 10; episodes of one
+# step begin several times in a window of either. The rest waits for `pytest -m slow`, with K = 5 where compiling
+# derivatives of windows takes longest.
 EXPENSIVE = {"pes+analytic", "uoro"}
 GRID = [
   pytest.param(name, k, marks=[] if k == 3 or (k == 5 and name not in EXPENSIVE) else [pytest.mark.slow])

@@ -1,3 +1,4 @@
+import asyncio
 import itertools
 import os
 import re
@@ -14,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from orbax.checkpoint import future
 
 from lopt.runs import checkpoints
 from lopt.runs.checkpoints import CheckpointError
@@ -200,6 +203,28 @@ def test_a_full_disk_is_named_and_leaves_earlier_checkpoints(tmp_path):
   assert_identical(checkpoints.restore(tmp_path, small), {"a": small["a"], "b": np.array(0, np.int32)})
   checkpoints.save(tmp_path, 2, small)
   assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+
+
+def test_a_save_that_fails_waits_for_what_it_began(tmp_path, monkeypatch, caplog):
+  """A thread of Orbax's that outlives it would complain, with a traceback, that its folder is gone; the error is the
+  first one.
+  """
+  ended = []
+
+  async def write():
+    await asyncio.sleep(0.5)
+    ended.append(True)
+    raise OSError("the folder is gone")
+
+  def save(*args, **options):
+    future.CommitFutureAwaitingContractedSignals(write())
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(ocp.CheckpointManager, "save", save)
+  with pytest.raises(CheckpointError, match="no space left on the disk"):
+    checkpoints.save(tmp_path, 1, {"a": np.zeros(3)})
+  assert ended
+  assert not caplog.records
 
 
 def test_a_damaged_checkpoint_imports_nothing(tmp_path):
