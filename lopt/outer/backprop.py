@@ -38,6 +38,7 @@ def build(
   num_runs: int = 32,
   unroll_length: int | None = 20,
   max_horizon: int | None = None,
+  discount: float = 1.0,
   stagger: bool = True,
   clip_norm: float | None = None,
   runs_per_block: int | None = None,
@@ -54,8 +55,13 @@ def build(
 
       ĝ = 1/N Σ_i ∇_θ Σ_t L_t / E[T],
 
-  unbiased. Of T_max steps only about 2√T_max have to be kept in memory: an episode is cut into √T_max segments, whose
-  inner steps are computed a second time on the way back.
+  unbiased. Of T_max steps only about 2√T_max states have to be kept in memory: an episode is cut into √T_max segments,
+  whose inner steps are computed again on the way back.
+
+  Discounted (`discount=γ`, of whole episodes): a derivative is multiplied by γ whenever it passes from a step to the
+  one before, ∂s_t = γ A_t ∂s_{t-1} + B_t ∂θ with the step's Jacobians A and B. So what θ did k steps ago counts γ^k
+  times, as in temporal differences: a smooth form of truncation, and as biased as one to about 1/(1 - γ) steps, with
+  which gradients no longer explode where training is a little chaotic.
 
   A run with a capped loss and a gradient that is not finite contributes 0, and is counted in the metric `diverged`.
   Gradients through chaotic training explode long before (L. Metz et al., "Understanding and correcting pathologies in
@@ -67,14 +73,15 @@ def build(
     num_runs: N, inner runs, each with random numbers of its own.
     unroll_length: K, inner steps between two estimates; None for whole episodes.
     max_horizon: T_max, of whole episodes only: the longest horizon that the problem draws.
+    discount: γ, of whole episodes only; 1 is the unbiased gradient.
     stagger: Truncated only: whether runs are spread over the ages of an episode, or run in lockstep.
     clip_norm: The largest norm of a run's own ĝ_i; larger ones are scaled down to it before the mean over runs is
       taken, and those that are not finite count as 0. None: gradients as they are.
     runs_per_block: Runs that advance together; None: as many as stay in the cache of a CPU, all on an accelerator.
 
   Raises:
-    ValueError: For counts below 1, a `clip_norm` that is not above 0 and finite, not exactly one of `unroll_length`
-      and `max_horizon`, or (where horizons can be drawn while building) horizons longer than `max_horizon`. Where
+    ValueError: For counts below 1, a `clip_norm` that is not above 0 and finite, a `discount` that is not above 0 and
+      at most 1 or not for whole episodes, not exactly one of `unroll_length` and `max_horizon`, or (where horizons can be drawn while building) horizons longer than `max_horizon`. Where
       that is only met later, the gradient is NaN.
   """
   checks.counts(num_runs=num_runs, runs_per_block=runs_per_block)
@@ -85,15 +92,17 @@ def build(
       "unroll_length: give it alone (truncated), or None and max_horizon, the longest horizon (whole episodes), "
       f"not {unroll_length} and max_horizon={max_horizon}"
     )
+  checks.require(0 < discount <= 1, "discount", discount, "above 0 and at most 1")
   if unroll_length is not None:
     checks.counts(unroll_length=unroll_length)
+    checks.require(discount == 1, "discount", discount, "1 where unroll_length is given: it is for whole episodes")
     return _truncated(problem, num_runs, unroll_length, stagger, clip_norm, runs_per_block)
   assert max_horizon is not None
   checks.counts(max_horizon=max_horizon)
   longest = jnp.max(jax.vmap(problem.horizon)(jax.random.split(jax.random.key(0), unrolls.HORIZON_SAMPLES)))
   if not isinstance(longest, Tracer) and longest > max_horizon:
     raise ValueError(f"max_horizon: the problem draws horizons of {longest} and more, longer than {max_horizon}")
-  return _full(problem, num_runs, max_horizon, clip_norm, runs_per_block)
+  return _full(problem, num_runs, max_horizon, discount, clip_norm, runs_per_block)
 
 
 def _truncated(
@@ -129,7 +138,12 @@ def _truncated(
 
 
 def _full(
-  problem: base.UnrolledProblem, num_runs: int, max_horizon: int, clip_norm: float | None, runs_per_block: int | None
+  problem: base.UnrolledProblem,
+  num_runs: int,
+  max_horizon: int,
+  discount: float,
+  clip_norm: float | None,
+  runs_per_block: int | None,
 ) -> base.GradientEstimator:
   def init(key: base.PRNGKey, theta: base.Theta) -> FullState:
     del theta
@@ -142,7 +156,7 @@ def _full(
       keys = jax.vmap(jax.random.split)(unrolls.group_keys(key, index))[:, 1]
 
       def total(thetas: Float[Array, "N 1 P"]) -> tuple[base.Scalar, unrolls.Losses]:
-        losses = _unroll_episode(problem, thetas, unravel, keys, max_horizon)
+        losses = _unroll_episode(problem, thetas, unravel, keys, max_horizon, discount)
         return jnp.sum(losses.first), losses
 
       thetas = jnp.broadcast_to(flat, (len(index), 1, flat.size))
@@ -174,6 +188,7 @@ def _unroll_episode(
   unravel: vectors.Unravel,
   keys: Key[Array, " N"],
   max_horizon: int,
+  discount: float,
 ) -> unrolls.Losses:
   """`unrolls.unroll_episode`, same keys, in a form that reverse mode can go back through: √T_max segments."""
   runs = keys.shape[0]
@@ -185,12 +200,15 @@ def _unroll_episode(
 
     def advance(carry):
       state, total, diverged = carry
+      state = _discounted(state, discount)
       step_keys = unrolls.split_step_keys(keys, t)[:, 1]
       new, loss, diverged_now = unrolls.advance(problem, thetas, unravel, state, step_keys)
       # A run that has ended stays where it is: beyond, its state might overflow, and reverse mode make NaN of it.
       state = unrolls.where_group(running, new, state)
       return state, total + jnp.where(running[:, None], loss, 0.0), diverged | (diverged_now & running[:, None])
 
+    # Within a segment only the states between steps are kept: all that a step computes is far more.
+    advance = jax.checkpoint(advance, prevent_cse=False)
     return jax.lax.cond(jnp.any(running), advance, lambda carry: carry, carry), None
 
   def segment(carry, first):
@@ -201,3 +219,15 @@ def _unroll_episode(
   (_, total, diverged), _ = jax.lax.scan(jax.checkpoint(segment, prevent_cse=False), start, segments)
   total *= jnp.where(horizon > max_horizon, jnp.nan, 1.0)[:, None]
   return unrolls.Losses(total, jnp.zeros_like(total), horizon, jnp.zeros(runs, bool), diverged)
+
+
+def _discounted(state: base.State, discount: float) -> base.State:
+  """The same state, with derivatives through it multiplied by the discount."""
+  if discount == 1:
+    return state
+
+  def weigh(x: Array) -> Array:
+    # Not γ x + (1 - γ) x, which might round to something else than x.
+    return x + (discount - 1) * (x - jax.lax.stop_gradient(x)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+  return jax.tree.map(weigh, state)

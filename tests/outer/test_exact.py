@@ -127,6 +127,44 @@ def test_full_backpropagation_is_exact(minimum, maximum, max_horizon):
   np.testing.assert_allclose(metrics["inner_steps"], np.mean(horizons))
 
 
+def discounted_sum(horizon, discount):
+  """Σ_t ∂L_t of one episode, forwards: ∂s_t = γ A_t ∂s_{t-1} + B_t."""
+  runs, key = problem(horizon, horizon), jax.random.key(0)
+  vector, unravel = vectors.ravel(theta())
+  state, total = runs.init(key, jnp.int32(horizon)), 0.0
+  sensitivity = jnp.zeros((2, vector.size))
+  for _ in range(horizon):
+
+    def step(vector, x, state=state):
+      new, loss = runs.step(unravel(vector), state | {"x": x}, key)
+      return new["x"], loss
+
+    (b, b_loss), (a, a_loss) = jax.jacobian(step, 0)(vector, state["x"]), jax.jacobian(step, 1)(vector, state["x"])
+    total += discount * a_loss @ sensitivity + b_loss
+    sensitivity = discount * a @ sensitivity + b
+    state, _ = runs.step(theta(), state, key)
+  return flat(unravel(total))
+
+
+@pytest.mark.parametrize("discount", [0.3, 0.95, 1.0])
+@pytest.mark.parametrize("horizon", [1, 10])
+def test_discounted_backpropagation_equals_discounted_sensitivities(horizon, discount):
+  runs = problem(horizon, horizon)
+  estimator = backprop.build(runs, num_runs=2, unroll_length=None, max_horizon=13, discount=discount)
+  state = estimator.init(jax.random.key(1), theta())
+  gradient, _, metrics = estimator.estimate(jax.random.key(2), theta(), state)
+  expected = discounted_sum(horizon, discount) / horizon
+  np.testing.assert_allclose(flat(gradient), expected, rtol=1e-6, atol=1e-9)
+  undiscounted = backprop.build(runs, num_runs=2, unroll_length=None, max_horizon=13)
+  _, _, plain = undiscounted.estimate(jax.random.key(2), theta(), state)
+  np.testing.assert_array_equal(metrics["meta_loss"], plain["meta_loss"])
+
+
+def test_a_discount_is_for_whole_episodes():
+  with pytest.raises(ValueError, match="discount=0.9: must be 1 where unroll_length is given"):
+    backprop.build(problem(7, 7), unroll_length=7, discount=0.9)
+
+
 @pytest.mark.parametrize("unroll_length", [3, 10])
 def test_truncated_backpropagation_takes_the_first_state_as_constant(unroll_length):
   runs = problem(25, 25)
