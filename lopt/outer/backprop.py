@@ -55,8 +55,8 @@ def build(
 
       ĝ = 1/N Σ_i ∇_θ Σ_t L_t / E[T],
 
-  unbiased. Of T_max steps only about 2√T_max states have to be kept in memory: an episode is cut into √T_max segments,
-  whose inner steps are computed again on the way back.
+  unbiased. Of T_max steps only about 2√T_max states have to be kept in memory: an episode is cut into √T_max
+  segments, whose inner steps are computed again on the way back.
 
   Discounted (`discount=γ`, of whole episodes): a derivative is multiplied by γ whenever it passes from a step to the
   one before, ∂s_t = γ A_t ∂s_{t-1} + B_t ∂θ with the step's Jacobians A and B. So what θ did k steps ago counts γ^k
@@ -81,8 +81,8 @@ def build(
 
   Raises:
     ValueError: For counts below 1, a `clip_norm` that is not above 0 and finite, a `discount` that is not above 0 and
-      at most 1 or not for whole episodes, not exactly one of `unroll_length` and `max_horizon`, or (where horizons can be drawn while building) horizons longer than `max_horizon`. Where
-      that is only met later, the gradient is NaN.
+      at most 1 or not for whole episodes, not exactly one of `unroll_length` and `max_horizon`, or (where horizons can
+      be drawn while building) horizons longer than `max_horizon`. Where that is only met later, the gradient is NaN.
   """
   checks.counts(num_runs=num_runs, runs_per_block=runs_per_block)
   if clip_norm is not None:

@@ -161,7 +161,7 @@ def test_discounted_backpropagation_equals_discounted_sensitivities(horizon, dis
 
 
 def test_a_discount_is_for_whole_episodes():
-  with pytest.raises(ValueError, match="discount=0.9: must be 1 where unroll_length is given"):
+  with pytest.raises(ValueError, match=r"discount=0\.9: must be 1 where unroll_length is given"):
     backprop.build(problem(7, 7), unroll_length=7, discount=0.9)
 
 
