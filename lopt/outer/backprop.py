@@ -81,8 +81,9 @@ def build(
 
   Raises:
     ValueError: For counts below 1, a `clip_norm` that is not above 0 and finite, a `discount` that is not above 0 and
-      at most 1 or not for whole episodes, not exactly one of `unroll_length` and `max_horizon`, or (where horizons can
-      be drawn while building) horizons longer than `max_horizon`. Where that is only met later, the gradient is NaN.
+      at most 1 or not for whole episodes, not exactly one of `unroll_length` and `max_horizon`, or (where horizons
+      can be drawn while building) horizons longer than `max_horizon`. Where that is only met later, the gradient is
+      NaN.
   """
   checks.counts(num_runs=num_runs, runs_per_block=runs_per_block)
   if clip_norm is not None:
