@@ -11,10 +11,11 @@ TASKS ?= 3
 SEEDS ?= 2
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 COMPILE := --universal --fork-strategy fewest --python-version 3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help meta-train reproduce-pretrained report evaluate architectures bench check-tpu paper test check format requirements clean
+.PHONY: help meta-train reproduce-pretrained report evaluate architectures bench check-tpu paper test test-all check format requirements clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 28
@@ -47,8 +48,11 @@ check-tpu: .venv/runtime .venv/tpu  ## compile every architecture and estimator 
 paper: .venv/runtime  ## run the eight experiments of the PES paper (SCALE=full: its sizes) into runs/paper/index.html
 	$(BIN)/python experiments/paper/run_all.py --scale=$(SCALE)
 
-test: .venv/dev  ## run the tests
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
+test: .venv/dev  ## run the tests but for those that take long, in some 8 minutes
+	$(PYTEST)
+
+test-all: .venv/dev  ## run all tests but for those that take minutes each (pytest -m long), in some 25 minutes
+	$(PYTEST) -m "not long"
 
 check: .venv/dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .

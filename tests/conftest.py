@@ -39,6 +39,14 @@ assert not any(name.split(".")[0] == "lopt" for name in sys.modules)
 _hook = install_import_hook("lopt", "beartype.beartype")
 
 
+def pytest_itemcollected(item):
+  """`slow_but_for("a", "b-3")`: a test's cases are slow, but for those of these names, or with one as a parameter."""
+  for mark in item.iter_markers("slow_but_for"):
+    name = item.callspec.id
+    if not {name, *name.split("-")} & set(mark.args):
+      item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled_programs():
   """Which would add up to gigabytes."""

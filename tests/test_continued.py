@@ -29,7 +29,7 @@ CHANGES = {"num_outer_steps": 8, "periodic_evaluation.every": 8, "checkpoint.eve
 CODE = "import json, sys, lopt; lopt.meta_train(**json.loads(sys.argv[1]))"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_goes_on_with_what_the_other_began(tmp_path, environment, meta_train):
   def run(which, workdir):
     command = meta_train(workdir, "--wandb=disabled", **CHANGES)

@@ -43,9 +43,10 @@ def every_pair():
   for optimizer in ARCHITECTURES:
     for task in FAMILIES:
       quick = task == "quadratic" or optimizer == "mlp"
-      yield pytest.param(optimizer, task, marks=[] if quick else [pytest.mark.slow], id=f"{optimizer}-{task}")
+      yield pytest.param(optimizer, task, marks=[] if quick else [pytest.mark.long], id=f"{optimizer}-{task}")
 
 
+@pytest.mark.slow_but_for("mlp-quadratic", "tensor_mlp-quadratic", "mlp-mlp_classifier")
 @pytest.mark.parametrize(("optimizer", "task"), list(every_pair()))
 def test_any_architecture_trains_any_family(optimizer, task, family):
   """A pair of runs of 200 inner steps that do not diverge, and their meta-gradient."""
@@ -72,6 +73,7 @@ def test_any_architecture_trains_any_family(optimizer, task, family):
   assert any(np.any(x != 0) for x in leaves) or metrics["diverged"]
 
 
+@pytest.mark.slow_but_for("mlp_classifier", "quadratic", "rnn_language_model")
 @pytest.mark.parametrize("task", FAMILIES)
 def test_families(task, family):
   """Shapes that do not depend on the task, randomness from keys alone, a start near 1, a gradient."""
@@ -112,6 +114,7 @@ def test_families(task, family):
 PARAMS = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2), "scale": jnp.float32(1.5), "filters": jnp.full((2, 2, 1, 3), 0.3)}
 
 
+@pytest.mark.slow_but_for("tensor_mlp", "mlp", "lstm")
 @pytest.mark.parametrize("optimizer", ARCHITECTURES)
 def test_architectures(optimizer):
   """Any tree of parameters; a first state without θ, that can be donated; names for all of θ; the same updates under

@@ -43,6 +43,7 @@ def test_their_configurations_are_those_of_the_command_that_trains_them_again():
     assert configuration.difference(lopt.load(name).config, here) == []
 
 
+@pytest.mark.slow_but_for("tensor_mlp")
 @pytest.mark.parametrize("name", NAMES)
 def test_each_is_a_learned_direction(name):
   """The zero θ is the hand-made direction of the architecture alone; the file names its learning rate."""
@@ -123,6 +124,7 @@ def close(a, b, rtol=1e-4):
   jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=1e-6), a, b)
 
 
+@pytest.mark.slow_but_for("tensor_mlp")
 def test_scan_and_vmap(tx):
   """Two models in one compiled program are those of two loops."""
 
@@ -139,6 +141,7 @@ def test_scan_and_vmap(tx):
     assert loss_of(expected) < loss_of(start(i))
 
 
+@pytest.mark.slow_but_for("tensor_mlp-shard_map")
 @pytest.mark.parametrize("how", ["pmap", "shard_map"])
 def test_data_parallel(tx, how):
   """Eight devices with an eighth of the batch each are one with all of it."""
@@ -169,6 +172,7 @@ def test_data_parallel(tx, how):
   close(jax.tree.map(lambda x: x[0], params) if how == "pmap" else params, expected)
 
 
+@pytest.mark.slow_but_for("tensor_mlp")
 def test_chain_and_multi_steps(tx):
   """Two halves of a batch accumulated are one step with all of it."""
   params = start()
@@ -183,6 +187,7 @@ def test_chain_and_multi_steps(tx):
   assert loss_of(whole) != loss_of(params)
 
 
+@pytest.mark.slow_but_for("tensor_mlp")
 def test_mixed_precision(tx):
   """bfloat16 parameters have bfloat16 updates, those of the float32 computation; the state is float32."""
   params = start(dtype=jnp.bfloat16)
@@ -198,6 +203,7 @@ def test_mixed_precision(tx):
   close(optax.tree.cast(updates, jnp.float32), expected, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_orbax_saves_the_state(tx, tmp_path):
   params, state = train(tx, start(), 3)
   with orbax.checkpoint.StandardCheckpointer() as checkpointer:
@@ -209,6 +215,7 @@ def test_orbax_saves_the_state(tx, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, compiled(*restored), compiled(params, state))
 
 
+@pytest.mark.slow_but_for("tensor_mlp")
 def test_equinox(tx):
   model = eqx.nn.MLP(4, "scalar", 8, 1, key=jax.random.key(0))
 
@@ -238,12 +245,14 @@ def example(name) -> Any:
   return module
 
 
+@pytest.mark.slow_but_for("haiku_loop")
 @pytest.mark.parametrize("name", ["haiku_loop", "flax_loop"])
 def test_training_loops(name):
   losses = list(example(name).train("tensor_mlp", 60))
   assert np.mean(losses[-5:]) < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_fine_tuning(tmp_path):
   path = tmp_path / "mine.safetensors"
   before, after = example("fine_tune").fine_tune("tensor_mlp", path, 20)

@@ -61,6 +61,7 @@ def test_a_run_leaves_what_it_promises(finished):
   np.testing.assert_array_equal(theta["layer_0"]["w"], stored["layer_0/w"])
 
 
+@pytest.mark.slow_but_for("1.1")
 @pytest.mark.parametrize("patience", [0.0, 0.4, 1.1])
 def test_a_killed_run_continues_bit_for_bit(finished, environment, meta_train, tmp_path, patience):
   """Killed by -9 some time after the first checkpoint, wherever it hits; then the same command again."""
@@ -87,6 +88,7 @@ def test_a_killed_run_continues_bit_for_bit(finished, environment, meta_train, t
   assert steps == expected
 
 
+@pytest.mark.slow
 def test_a_trained_optimizer_is_evaluated_again(finished, environment, tmp_path):
   """With the same settings the numbers are those of the run; with others, other runs."""
   workdir, _ = finished
@@ -107,6 +109,7 @@ def test_a_trained_optimizer_is_evaluated_again(finished, environment, tmp_path)
   assert sum("speed_up" in line for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_second_evaluation_trains_nothing_again(finished, environment, tmp_path):
   """But a baseline that was not there before; on a suite of one's own choosing, all on one page."""
   workdir, _ = finished
@@ -133,6 +136,7 @@ def test_a_second_evaluation_trains_nothing_again(finished, environment, tmp_pat
   ]
 
 
+@pytest.mark.slow
 def test_suites_and_baselines_that_are_not_there_are_refused(finished, environment, tmp_path):
   workdir, _ = finished
   flags = [f"--optimizer={workdir}", "--suite=loss,size", "--notiming", "--baselines=adamw", "--cache="]
@@ -145,7 +149,7 @@ def test_suites_and_baselines_that_are_not_there_are_refused(finished, environme
   assert fails_with(result, "--suite: brings its own tasks; leave --config out")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_suites_are_on_one_page(finished, environment, tmp_path):
   workdir, _ = finished
   flags = [f"--optimizer={workdir}", "--suite=horizon,reparametrized", "--notiming", "--baselines=adamw", "--cache="]
@@ -169,6 +173,7 @@ def fails_with(result, line):
   return True
 
 
+@pytest.mark.slow_but_for("changes0", "changes5", "changes9")
 @pytest.mark.parametrize(
   ("changes", "line"),
   [
@@ -210,6 +215,7 @@ def test_a_missing_data_set_is_refused_in_one_line(environment, meta_train, tmp_
   assert time.monotonic() - begun < 60
 
 
+@pytest.mark.slow
 def test_a_work_directory_of_another_configuration_is_refused(finished, environment, meta_train, tmp_path):
   workdir, _ = finished
   sigma: dict = {"estimator.sigma": 0.5}
@@ -219,6 +225,7 @@ def test_a_work_directory_of_another_configuration_is_refused(finished, environm
   )
 
 
+@pytest.mark.slow
 def test_checkpoints_without_their_configuration_are_refused(finished, environment, meta_train, tmp_path):
   workdir, _ = finished
   (tmp_path / "run").mkdir()
@@ -227,6 +234,7 @@ def test_checkpoints_without_their_configuration_are_refused(finished, environme
   assert fails_with(result, r"has checkpoints and no config\.json")
 
 
+@pytest.mark.slow
 def test_optimizers_of_one_name_and_none_are_refused(finished, environment, tmp_path):
   workdir, _ = finished
   result = run(evaluate(f"--optimizer={workdir},{workdir}"), environment, tmp_path)
@@ -237,6 +245,7 @@ def test_optimizers_of_one_name_and_none_are_refused(finished, environment, tmp_
   assert fails_with(result, "unexpected argument: stray")
 
 
+@pytest.mark.slow
 def test_foreign_optimizers_are_refused(environment, tmp_path):
   result = run(evaluate(f"--optimizer={tmp_path}"), environment, tmp_path)
   assert fails_with(result, "no such file; expected a trained optimizer")
@@ -269,6 +278,7 @@ def assert_the_same(workdir, other):
   assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
 def test_a_run_is_alone_stops_on_sigterm_and_goes_on_past_a_damaged_checkpoint(
   finished, environment, meta_train, tmp_path
 ):
@@ -304,6 +314,7 @@ def test_a_run_that_ended_says_whether_anything_was_gained(finished):
   assert re.search(r"On the evaluation tasks the mean training loss was [\d.]+ before meta-training and is", output)
 
 
+@pytest.mark.slow
 def test_a_dead_run_stops_with_one_line(environment, meta_train, tmp_path):
   changes: dict = {"outer_optimizer.learning_rate": 1e4, "outer_optimizer.warmup_steps": 0, "estimator.sigma": 50.0}
   result = run(meta_train(tmp_path / "run", "--max_dead_steps=20", **changes), environment, tmp_path)
@@ -315,7 +326,7 @@ def test_a_dead_run_stops_with_one_line(environment, meta_train, tmp_path):
   assert re.search(r"NOTHING LEARNED for \d+ steps", result.stderr)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dead_run_that_goes_on_says_that_nothing_was_gained(environment, meta_train, tmp_path):
   changes: dict = {"outer_optimizer.learning_rate": 1e4, "outer_optimizer.warmup_steps": 0, "estimator.sigma": 50.0}
   result = run(meta_train(tmp_path / "run", "--max_dead_steps=0", **changes), environment, tmp_path)
@@ -323,6 +334,7 @@ def test_a_dead_run_that_goes_on_says_that_nothing_was_gained(environment, meta_
   assert re.search(r"the last \d+ outer steps had nothing to learn from", result.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["limit", "full"])
 def test_a_full_disk_ends_a_run_with_one_line_and_nothing_is_lost(finished, environment, meta_train, tmp_path, kind):
   """By a limit on the size of files, and on a small file system that is really full (in a mount namespace)."""
@@ -360,6 +372,7 @@ def test_a_full_disk_ends_a_run_with_one_line_and_nothing_is_lost(finished, envi
   assert_the_same(workdir, here)
 
 
+@pytest.mark.slow_but_for("file")
 @pytest.mark.parametrize("kind", ["file", "above", "checkpoints", "read-only"])
 def test_a_work_directory_that_cannot_be_is_refused_in_one_line(environment, meta_train, tmp_path, kind):
   here, arguments = tmp_path / "run", {}
@@ -385,7 +398,7 @@ def test_a_work_directory_that_cannot_be_is_refused_in_one_line(environment, met
     assert (tmp_path / "run").read_text() == "mine"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_work_directory_removed_during_the_run_and_an_empty_metrics_file(
   finished, environment, meta_train, tmp_path
 ):

@@ -47,6 +47,7 @@ def test_masked_leaves_are_left_alone(tx):
   assert np.all(updates["w"] != 0)
 
 
+@pytest.mark.slow_but_for("tensor_mlp", "mlp", "lstm", "hyperparameters")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_arrays_without_elements_and_a_step_with_nan(name):
   """The former change nothing of the other leaves' updates; the latter is seen, and can be skipped."""

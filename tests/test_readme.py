@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_meta_training_from_python_runs(tmp_path):
   [code] = [block for block in BLOCKS if "lopt.meta_train" in block]
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -51,6 +51,7 @@ def regression(**changes):
   return family._replace(**changes)
 
 
+@pytest.mark.slow
 def test_meta_train_interrupt_go_on_evaluate(tmp_path):
   """An interrupted run ends with the θ of one that was not, and its file is the optimizer that it returns."""
   whole = lopt.meta_train(regression(), workdir=tmp_path / "whole", **SMALL)
@@ -92,7 +93,7 @@ def test_meta_train_interrupt_go_on_evaluate(tmp_path):
   assert "mine" in page.read_text("utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_architecture_of_ones_own_is_passed_when_it_is_loaded(tmp_path):
   own = tensor_mlp.build(hidden_size=2)
   run = lopt.meta_train({"a": regression(), "b": regression()}, own, workdir=tmp_path, **SMALL)

@@ -48,6 +48,7 @@ def theta(workdir):
   return safetensors.numpy.load_file(workdir / "optimizer.safetensors")
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does_and_one_continues_what_two_began(start, start_two, tmp_path):
   """The same θ up to the order of sums; only the first process speaks and writes; checkpoints fit any number."""
   alone = start(tmp_path / "alone")
@@ -78,7 +79,8 @@ def test_two_processes_find_what_one_does_and_one_continues_what_two_began(start
     np.testing.assert_allclose(array, expected[name], rtol=1e-3, atol=1e-4 * np.abs(expected[name]).max())
 
 
-@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_the_death_of_one_process_ends_the_other_with_a_message(start_two, tmp_path, killed):
   processes = start_two(tmp_path, **{"num_outer_steps": 200_000, "periodic_evaluation.every": 200_000})
   deadline = time.monotonic() + 240
@@ -95,6 +97,7 @@ def test_the_death_of_one_process_ends_the_other_with_a_message(start_two, tmp_p
   assert checkpoints.latest_step(tmp_path) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("flags", "message"),
   [

@@ -57,12 +57,13 @@ def gathered(text):
   return [int(np.prod([int(n) for n in re.findall(r"\d+", line.split("[")[1])])) for line in lines]
 
 
+@pytest.mark.slow_but_for("tensor_mlp-False-explicit", "lstm-False-automatic", "mlp-False-automatic")
 @pytest.mark.parametrize("axes", AXES)
 @pytest.mark.parametrize(
   ("name", "wrapped"),
   [
     *[(name, False) for name in NAMES],
-    *[pytest.param(name, True, marks=() if name == "tensor_mlp" else pytest.mark.slow) for name in NAMES],
+    *[pytest.param(name, True, marks=() if name == "tensor_mlp" else pytest.mark.long) for name in NAMES],
   ],
 )
 def test_spread_parameters(name, wrapped, axes):

@@ -39,6 +39,7 @@ def test_a_command_that_is_not_there_is_one_line():
   assert result.stderr == "lopt: no command 'train'; there are: meta-train, evaluate\n"
 
 
+@pytest.mark.slow
 def test_in_a_checkout_the_commands_are_the_scripts(tmp_path):
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
   flags = ["meta-train", "--config=nonsense"]
@@ -49,7 +50,7 @@ def test_in_a_checkout_the_commands_are_the_scripts(tmp_path):
   assert result.stderr.startswith("lopt meta-train: --config: no configuration 'nonsense'; there are: digits, ")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_meta_trains_and_evaluates_in_an_empty_folder(tmp_path):
   pip, source = [sys.executable, "-m", "pip"], tmp_path / "source"  # a copy: building leaves files beside the sources
   shutil.copytree(

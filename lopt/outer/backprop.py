@@ -18,6 +18,9 @@ from lopt import base, checks
 from lopt.outer import unrolls, vectors
 
 
+KEPT_BYTES = 2**29  # of states, one for each step of a block of episodes
+
+
 class FullState(NamedTuple):
   """Whole episodes begin afresh each time."""
 
@@ -55,8 +58,9 @@ def build(
 
       ĝ = 1/N Σ_i ∇_θ Σ_t L_t / E[T],
 
-  unbiased. Of T_max steps only about 2√T_max states have to be kept in memory: an episode is cut into √T_max
-  segments, whose inner steps are computed again on the way back.
+  unbiased. Only states between steps are kept, and what a step computes is computed again on the way back. Where
+  T_max of them would need more than `KEPT_BYTES`, an episode is cut into √T_max segments, whose steps are computed
+  once more, and about 2√T_max states are kept.
 
   Discounted (`discount=γ`, of whole episodes): a derivative is multiplied by γ whenever it passes from a step to the
   one before, ∂s_t = γ A_t ∂s_{t-1} + B_t ∂θ with the step's Jacobians A and B. So what θ did k steps ago counts γ^k
@@ -191,10 +195,9 @@ def _unroll_episode(
   max_horizon: int,
   discount: float,
 ) -> unrolls.Losses:
-  """`unrolls.unroll_episode`, same keys, in a form that reverse mode can go back through: √T_max segments."""
+  """`unrolls.unroll_episode`, same keys, in a form that reverse mode can go back through."""
   runs = keys.shape[0]
   state, horizon = unrolls.begin(problem, unrolls.split_step_keys(keys, 0)[:, 0], 1)
-  length = math.isqrt(max_horizon - 1) + 1
 
   def step(carry, t):
     running = t < horizon
@@ -208,16 +211,20 @@ def _unroll_episode(
       state = unrolls.where_group(running, new, state)
       return state, total + jnp.where(running[:, None], loss, 0.0), diverged | (diverged_now & running[:, None])
 
-    # Within a segment only the states between steps are kept: all that a step computes is far more.
     advance = jax.checkpoint(advance, prevent_cse=False)
     return jax.lax.cond(jnp.any(running), advance, lambda carry: carry, carry), None
 
-  def segment(carry, first):
-    return jax.lax.scan(step, carry, first + jnp.arange(length))
-
   start = (state, jnp.zeros((runs, 1), thetas.dtype), jnp.zeros((runs, 1), bool))
-  segments = length * jnp.arange(math.ceil(max_horizon / length))
-  (_, total, diverged), _ = jax.lax.scan(jax.checkpoint(segment, prevent_cse=False), start, segments)
+  if max_horizon * sum(x.nbytes for x in jax.tree.leaves(state)) <= KEPT_BYTES:
+    (_, total, diverged), _ = jax.lax.scan(step, start, jnp.arange(max_horizon))
+  else:
+    length = math.isqrt(max_horizon - 1) + 1
+
+    def segment(carry, first):
+      return jax.lax.scan(step, carry, first + jnp.arange(length))
+
+    segments = length * jnp.arange(math.ceil(max_horizon / length))
+    (_, total, diverged), _ = jax.lax.scan(jax.checkpoint(segment, prevent_cse=False), start, segments)
   total *= jnp.where(horizon > max_horizon, jnp.nan, 1.0)[:, None]
   return unrolls.Losses(total, jnp.zeros_like(total), horizon, jnp.zeros(runs, bool), diverged)
 

@@ -66,6 +66,7 @@ def numpy_direction(history, orthogonal):
   return u / np.sqrt(np.mean(u**2))
 
 
+@pytest.mark.slow_but_for("tensor_mlp")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_theta_zero_is_nesterov_adam_orthogonalised(name):
   """From the formula, for the zero θ and the first one, whose last layer is zero."""
@@ -87,6 +88,7 @@ def test_singular_values_become_alike():
   assert 0.6 < values.min() < values.max() < 1.25
 
 
+@pytest.mark.slow_but_for("tensor_mlp")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_directions_have_unit_rms_and_no_scale_of_gradients_matters(name):
   tx = optimizer(name).direction()
@@ -98,6 +100,7 @@ def test_directions_have_unit_rms_and_no_scale_of_gradients_matters(name):
         np.testing.assert_allclose(one[leaf], other[leaf], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow_but_for("tensor_mlp")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_network_has_a_say(name):
   """A θ whose output is not zero goes elsewhere than θ = 0."""

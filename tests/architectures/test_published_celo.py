@@ -77,6 +77,7 @@ def test_parameters_are_those_of_the_public_code(recorded):
   assert np.mean(seen) > 0.9
 
 
+@pytest.mark.slow
 def test_the_length_of_the_run_can_differ_between_runs_of_one_program(recorded):
   """As when several runs are trained in one `vmap`."""
   theta = published.celo(part(recorded, "theta"))
@@ -100,6 +101,7 @@ def test_the_length_of_the_run_can_differ_between_runs_of_one_program(recorded):
     assert np.abs(paths[name][1] - path[1:]).max() > 0.01 * np.abs(path).max()
 
 
+@pytest.mark.slow
 def test_all_of_theta_but_the_dropped_layer_matters(recorded):
   theta = published.celo(part(recorded, "theta"))
   params = {name: jnp.asarray(x[0]) for name, x in part(recorded, "params").items()}
@@ -117,6 +119,7 @@ def test_all_of_theta_but_the_dropped_layer_matters(recorded):
     assert np.any(x != 0) != ("rnn_params/linear/" in name), name
 
 
+@pytest.mark.slow
 def test_theta_of_the_architecture_is_the_published_tree():
   theta = jax.tree.map(np.asarray, published_celo.build().init(jax.random.key(0)))
   jax.tree.map(np.testing.assert_array_equal, published.celo(theta), theta)

@@ -160,6 +160,7 @@ def test_longer_runs_have_rates_around_the_best_of_shorter_ones(trained):
     np.testing.assert_allclose(asked[steps], [0.03 / 10**0.5, 0.03, 0.03 * 10**0.5], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_second_comparison_trains_nothing_again(trained, tmp_path):
   first = compare(cache_folder=tmp_path)
   assert len(trained) > 10

@@ -39,6 +39,7 @@ def test_seconds_per_step_tell_a_slow_step_from_a_fast_one():
   assert slow > 2 * fast
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "update", "low", "high"), [(3000, 0, 0.0, 0.4), (0, 3000, 0.6, 1.0)])
 def test_the_updates_share_of_a_step(loss, update, low, high):
   empty = comparison.Comparison(

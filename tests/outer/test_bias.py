@@ -67,6 +67,7 @@ def estimates(build, unroll_length, replicates):
   return np.asarray(replicate(jax.random.split(jax.random.key(0), replicates)))
 
 
+@pytest.mark.slow_but_for("3")
 @pytest.mark.parametrize("unroll_length", [1, 3, 10])
 def test_truncation_has_the_bias_of_the_closed_form(unroll_length):
   whole, truncated = closed_form(unroll_length)
@@ -80,6 +81,7 @@ def test_truncation_has_the_bias_of_the_closed_form(unroll_length):
   assert abs(np.mean(values) - truncated) < 4 * error
 
 
+@pytest.mark.slow_but_for("1")
 @pytest.mark.parametrize("unroll_length", [1, 10])
 def test_unbiased_estimators_have_none_of_it(unroll_length):
   whole, _ = closed_form(unroll_length)

@@ -72,6 +72,7 @@ def windows(estimator, number):
   return np.concatenate([np.asarray(g).reshape(number, -1) for g in jax.tree.leaves(gradients)], axis=1), state
 
 
+@pytest.mark.slow_but_for("10-3-staggered", "7-16-lockstep", "1-3-lockstep")
 @pytest.mark.parametrize("stagger", [False, True], ids=["lockstep", "staggered"])
 @pytest.mark.parametrize("unroll_length", [1, 3, 5, 10, 16])
 @pytest.mark.parametrize("horizon", [1, 7, 10])
@@ -110,9 +111,12 @@ def test_uoro_has_the_mean_of_rtrl(unroll_length):
   assert np.all(np.abs(means.mean(axis=0) - exact) < 4 * error)
 
 
+@pytest.mark.slow_but_for("13-3-13", "40-7-7")
 @pytest.mark.parametrize(("minimum", "maximum"), [(1, 1), (7, 7), (10, 10), (1, 10), (3, 13)])
 @pytest.mark.parametrize("max_horizon", [13, 40])
-def test_full_backpropagation_is_exact(minimum, maximum, max_horizon):
+def test_full_backpropagation_is_exact(minimum, maximum, max_horizon, monkeypatch):
+  if max_horizon == 40:
+    monkeypatch.setattr(backprop, "KEPT_BYTES", 0)  # in segments
   runs = problem(minimum, maximum)
   estimator = backprop.build(runs, num_runs=6, unroll_length=None, max_horizon=max_horizon, runs_per_block=2)
   state = estimator.init(jax.random.key(1), theta())

@@ -97,7 +97,8 @@ def replicated_means(build, minimum, maximum):
 SLOW = {"pes+analytic", "full bptt", "uoro"}  # to compile; the wrapper does not know under which it is
 
 
-@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] if x in SLOW else []) for x in UNBIASED])
+@pytest.mark.slow_but_for("pes")
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.long] if x in SLOW else []) for x in UNBIASED])
 def test_its_gradient_under_every_unbiased_estimator(name):
   for minimum, maximum in [(7, 7), (3, 13)]:
     means, exact = np.asarray(replicated_means(UNBIASED[name], minimum, maximum)), exact_gradient(minimum, maximum)

@@ -120,6 +120,7 @@ class Reference:
     return np.mean(estimates, axis=0) / (2 * self.sigma**2 * self.unroll_length)
 
 
+@pytest.mark.slow_but_for("True-3-pes", "True-3-gpes", "True-3-nres")
 @pytest.mark.parametrize("windows", [1, 2, 6], ids=["pes", "gpes", "nres"])
 @pytest.mark.parametrize("unroll_length", [1, 3, 12])
 @pytest.mark.parametrize("stagger", [False, True])
@@ -212,10 +213,12 @@ def compiled(name):
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 class TestEveryEstimator:
+  @pytest.mark.slow_but_for("pes", "full bptt")
   def test_blocks_do_not_matter(self, name):
     for (a, _), (b, _) in zip(run(compiled(name), 4), run(ESTIMATORS[name](3), 4), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
+  @pytest.mark.slow_but_for("pes", "full bptt")
   def test_devices_do_not_matter(self, name):
     devices = 4
     averaged = parallel.averaged(ESTIMATORS[name](2))
@@ -229,6 +232,7 @@ class TestEveryEstimator:
       for metric, value in metrics.items():
         np.testing.assert_allclose(value, expected_metrics[metric], rtol=1e-4, err_msg=metric)
 
+  @pytest.mark.slow_but_for("pes", "uoro")
   def test_order_of_particles_does_not_matter(self, name):
     init, estimate, _ = compiled(name)
     _, state, _ = estimate(jax.random.key(2), THETA, init(jax.random.key(1), THETA))
@@ -253,6 +257,7 @@ def bytes_needed(estimator):
   return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 
+@pytest.mark.slow_but_for("pes", "rtrl")
 @pytest.mark.parametrize(
   "build",
   [
@@ -269,7 +274,8 @@ def test_memory_does_not_grow_with_the_horizon(build):
   assert bytes_needed(build(problem(100_000, 100_000))) == bytes_needed(build(problem(10, 10)))
 
 
-def test_memory_of_full_backpropagation_grows_with_the_root_of_the_horizon():
+def test_memory_of_full_backpropagation_grows_with_the_root_of_the_horizon(monkeypatch):
+  monkeypatch.setattr(backprop, "KEPT_BYTES", 2**10)
   small, large = (
     bytes_needed(backprop.build(problem(n, n), num_runs=1, unroll_length=None, max_horizon=n))
     for n in (10_000, 1_000_000)

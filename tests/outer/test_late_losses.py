@@ -65,6 +65,7 @@ ESTIMATORS = {
 }
 
 
+@pytest.mark.slow_but_for("pes")
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_gradient_of_their_sum_under_unbiased_estimators(name):
   for minimum, maximum in [(7, 7), (3, 13)]:

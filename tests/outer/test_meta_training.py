@@ -111,6 +111,7 @@ def test_a_run_that_is_saved_and_continued_is_the_same_bit_for_bit():
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_devices_do_not_matter_and_may_change(monkeypatch, num_devices):
   saved = {}

@@ -59,6 +59,7 @@ def test_it_is_the_weighted_mean_of_its_parts():
     assert metrics["inner_steps"] == 2 * 2 * 5
 
 
+@pytest.mark.slow_but_for("2")
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_the_number_of_devices_does_not_matter(devices, monkeypatch):
   """The same θ on any number of devices."""
@@ -107,6 +108,7 @@ def test_parts_must_have_as_many_particles():
     mixture.combine(unequal, WEIGHTS).init(jax.random.key(0), THETA)
 
 
+@pytest.mark.slow_but_for("1")
 @pytest.mark.parametrize("devices", [1, 2])
 def test_balanced_families_have_noise_of_one_size(devices, monkeypatch):
   """Σ_i w_i g_i / √(mean |g_in|²), each part alone; scaling a family's loss changes nothing, on any devices."""

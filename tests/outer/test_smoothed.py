@@ -92,6 +92,7 @@ def assert_mean(means, exact):
   assert abs(np.mean(means) - exact) < 4 * error, f"{np.mean(means)} ± {error}, not {exact}"
 
 
+@pytest.mark.slow_but_for("3-pes", "3-nres")
 @pytest.mark.parametrize("noise_windows", [1, 2, 5], ids=["pes", "gpes", "nres"])
 @pytest.mark.parametrize("unroll_length", [2, 3, 5])
 def test_noise_reuse_has_the_smoothed_gradient(unroll_length, noise_windows):

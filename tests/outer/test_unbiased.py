@@ -140,16 +140,17 @@ def full_bptt(problem):
 
 
 # Compiling takes long. Always tested: K = 3, which divides neither 7 nor 10, and 5, which divides 10; episodes of one
-# step begin several times in a window of either. The rest waits for `pytest -m slow`, with K = 5 where compiling
+# step begin several times in a window of either. The rest waits for `pytest -m long`, with K = 5 where compiling
 # derivatives of windows takes longest.
 EXPENSIVE = {"pes+analytic", "uoro"}
 GRID = [
-  pytest.param(name, k, marks=[] if k == 3 or (k == 5 and name not in EXPENSIVE) else [pytest.mark.slow])
+  pytest.param(name, k, marks=[] if k == 3 or (k == 5 and name not in EXPENSIVE) else [pytest.mark.long])
   for name in ONLINE
   for k in UNROLLS
 ]
 
 
+@pytest.mark.slow_but_for("pes-3-lockstep", "rtrl-3-lockstep")
 @STAGGER
 @pytest.mark.parametrize(("name", "unroll_length"), GRID)
 def test_online_estimators_are_unbiased(name, unroll_length, stagger):
@@ -161,6 +162,7 @@ def test_online_estimators_are_unbiased(name, unroll_length, stagger):
     assert_unbiased(np.asarray(means), exact_gradient(minimum, maximum))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [full_es, full_bptt])
 def test_estimators_of_whole_episodes_are_unbiased(build):
   for minimum, maximum in HORIZONS:

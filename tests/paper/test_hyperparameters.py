@@ -39,6 +39,7 @@ def loss_and_gradient(weights, inputs, labels):
   return -np.mean(np.log(p[np.arange(len(labels)), labels])), gradients[::-1]
 
 
+@pytest.mark.slow
 def test_inner_runs_equal_those_of_a_smaller_network(script, problem):
   theta = theta_with_widths(script, np.random.default_rng(0))
   state = problem.init(jax.random.key(1), jnp.int32(T))

@@ -39,6 +39,7 @@ def test_mean_losses_equal_a_plain_loop_and_are_capped(script):
   assert measured[3] == cap
 
 
+@pytest.mark.slow
 def test_estimators_take_as_many_inner_steps(script):
   settings = script.QUICK._replace(unroll_length=3, particles=12)
   for name, estimator in script.build_estimators(settings, random_walk()).items():

@@ -67,6 +67,7 @@ def test_exact_variance_without_influence(script, gradients):
     np.testing.assert_allclose(norm, np.sum(gradients.sum(axis=0) ** 2), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_exact_variance_against_sampling(script):
   size, num_pairs = 2, 4000
   net = script.network(3, size)

@@ -81,6 +81,7 @@ def test_inner_runs_equal_those_of_a_plain_loop(script, built):
     np.testing.assert_allclose(run(tuned, tuned.step, theta, keys), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_point_is_judged_alone_as_among_others(script, built):
   points = np.array([[0.01, 1.0], [0.3, 2.0], [30.0, 0.1]])
   together = script.evaluate(*built, points, num_runs=3, seed=5)

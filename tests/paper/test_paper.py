@@ -40,6 +40,7 @@ def init_theta(key) -> base.Theta:
   return {"a": jax.random.normal(key, (2,)), "b": jnp.ones(())}
 
 
+@pytest.mark.slow
 def test_train_equals_a_plain_loop():
   estimator = pes.build(linear_problem(), num_pairs=3, sigma=0.1, unroll_length=4)
   optimizer = optax.adam(0.05)

@@ -53,6 +53,7 @@ def rewrite(path: Path, arrays: dict[str, np.ndarray] | None = None, **header: s
   path.write_bytes(safetensors.numpy.save(old_arrays if arrays is None else arrays, changed))
 
 
+@pytest.mark.slow_but_for("tensor_mlp", "mlp", "lstm")
 @pytest.mark.parametrize("name", configuration.choices("architectures"))
 def test_every_architecture_comes_back_and_updates_alike(tmp_path, name):
   """The update of a loaded optimizer is, bit for bit, that of the one exported."""
@@ -294,7 +295,8 @@ trained.export("again.safetensors", theta, config, outer_steps=17)
   assert names == sorted(names)
 
 
-@pytest.mark.parametrize("files", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("files", [200, pytest.param(10_000, marks=pytest.mark.long)])
 def test_mutated_files_do_no_harm(tmp_path, files):
   script = ROOT / "experiments" / "robustness" / "fuzz_load.py"
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}

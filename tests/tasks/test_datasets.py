@@ -159,7 +159,7 @@ def test_resized_by_block_averages(small_mnist, tmp_path):
     np.testing.assert_array_equal(resized.test.labels, native.test.labels)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(MANUAL_DIR is None, reason="LOPT_MANUAL_DIR is not set to a folder with the original files")
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 def test_the_originals(name, data_dir):
