@@ -159,8 +159,13 @@ def build(
   def save(state: MetaState) -> MetaState:
     return jax.device_get(state._replace(particles=parallel.join(state.particles)))
 
+  # With arrays laid out in another way than the program returns them, its second call would compile it once more.
+  place = parallel.spread(lambda step, replicated, particles: (replicated, particles, step), devices)
+
   def load(state: MetaState) -> MetaState:
-    return state._replace(particles=parallel.split(state.particles, devices))
+    replicated, particles, _ = place(np.int32(0), state[:2], parallel.split(state.particles, devices))
+    theta, optimizer_state = replicated
+    return MetaState(theta, optimizer_state, particles)
 
   def lower(devices: parallel.Devices) -> jax.stages.Lowered:
     particles = jax.eval_shape(lambda x: parallel.split(x, len(devices)), saved_like.particles)

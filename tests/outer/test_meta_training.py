@@ -55,6 +55,17 @@ def run(trained, last_step, first_step=0, state=None, **options):
   return meta_training.run(trained, state, first_step, last_step, record=record, **options), records
 
 
+def test_the_program_is_compiled_once(caplog):
+  """Also where the first call has a state that was saved."""
+  trained = shared()
+  state, _ = trained.advance(0, trained.load(trained.save(trained.init())))
+  with jax.log_compiles():
+    trained.advance(1, state)
+    assert "Compiling" not in caplog.text
+    jax.jit(lambda x: x + 1)(0)
+    assert "Compiling" in caplog.text
+
+
 def test_the_loop_equals_a_plain_one():
   """Estimate, Optax, again, without devices, scan or pmap, on the documented keys."""
   state, records = run(shared(), 6)
