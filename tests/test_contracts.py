@@ -114,7 +114,7 @@ def test_families(task, family):
 PARAMS = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2), "scale": jnp.float32(1.5), "filters": jnp.full((2, 2, 1, 3), 0.3)}
 
 
-@pytest.mark.slow_but_for("tensor_mlp", "mlp", "lstm")
+@pytest.mark.slow_but_for("tensor_mlp", "mlp")
 @pytest.mark.parametrize("optimizer", ARCHITECTURES)
 def test_architectures(optimizer):
   """Any tree of parameters; a first state without θ, that can be donated; names for all of θ; the same updates under

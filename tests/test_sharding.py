@@ -57,7 +57,7 @@ def gathered(text):
   return [int(np.prod([int(n) for n in re.findall(r"\d+", line.split("[")[1])])) for line in lines]
 
 
-@pytest.mark.slow_but_for("tensor_mlp-False-explicit", "lstm-False-automatic", "mlp-False-automatic")
+@pytest.mark.slow_but_for("tensor_mlp-False-explicit")
 @pytest.mark.parametrize("axes", AXES)
 @pytest.mark.parametrize(
   ("name", "wrapped"),

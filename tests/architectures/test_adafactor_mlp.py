@@ -113,6 +113,7 @@ def test_published_weights_give_the_updates_of_a_plain_implementation():
       params[name] = params[name] + expected
 
 
+@pytest.mark.slow_but_for("shape1")
 @pytest.mark.parametrize("shape", [(4, 3), (5,)])
 def test_derivatives_are_those_of_the_plain_implementation(shape):
   """Forward and reverse mode, by all of θ and through the state, against differences of the NumPy optimizer."""

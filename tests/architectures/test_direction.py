@@ -187,6 +187,7 @@ def test_bad_options_are_refused(options):
     build(**options)
 
 
+@pytest.mark.slow_but_for("tensor_mlp")
 @pytest.mark.parametrize("name", ["tensor_mlp", "mlp"])
 def test_derivatives_by_theta_are_finite_where_gradients_are_zero(name):
   """As of pixels that are always black, or of a dead layer: truncated backpropagation would drop such windows."""

@@ -52,6 +52,7 @@ def part(arrays, name):
   return {key.removeprefix(f"{name}/"): x for key, x in arrays.items() if key.startswith(f"{name}/")}
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_the_public_code(recorded):
   theta = published.celo(part(recorded, "theta"))
   params, gradients, losses = part(recorded, "params"), part(recorded, "gradients"), recorded["losses"]

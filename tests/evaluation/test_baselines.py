@@ -169,6 +169,7 @@ def test_muon_steps_of_matrices_and_kernels_are_orthogonalised_momentum(shape):
   np.testing.assert_allclose(updates["head"]["w"], factor * np.tile(expected_b, (3, 1)), rtol=1e-5)
 
 
+@pytest.mark.slow_but_for("rnn_language_model", "cnn_classifier")
 @pytest.mark.parametrize(
   ("name", "adams"),
   [

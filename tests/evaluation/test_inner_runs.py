@@ -112,6 +112,7 @@ def curvatures(family):
   return np.array([[task_and_start(family, 3, inner_runs.HELD_OUT, i, 0)[0]] for i in range(5)])
 
 
+@pytest.mark.slow_but_for("7-3")
 @pytest.mark.parametrize(("num_steps", "num_points"), [(40, 8), (7, 3), (3, 5)])
 def test_the_curve_has_means_over_equal_parts_of_the_run(num_steps, num_points):
   family = quadratic_family()
@@ -228,6 +229,7 @@ def test_purposes_and_seeds_have_tasks_of_their_own():
   np.testing.assert_array_equal(inner_runs.sample_tasks(family, 0, inner_runs.HELD_OUT, 3).params, samples[0][:3])
 
 
+@pytest.mark.slow_but_for("2-2")
 @pytest.mark.parametrize(("num_devices", "block"), [(1, 1), (3, 1), (1, 64), (2, 2)])
 def test_number_of_devices_and_size_of_blocks_do_not_change_the_numbers(monkeypatch, num_devices, block):
   family = quadratic_family(noise=0.1)

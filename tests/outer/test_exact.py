@@ -150,6 +150,7 @@ def discounted_sum(horizon, discount):
   return flat(unravel(total))
 
 
+@pytest.mark.slow_but_for("10-0.95")
 @pytest.mark.parametrize("discount", [0.3, 0.95, 1.0])
 @pytest.mark.parametrize("horizon", [1, 10])
 def test_discounted_backpropagation_equals_discounted_sensitivities(horizon, discount):
@@ -224,6 +225,7 @@ def test_clipping_bounds_each_run_by_itself(options):
   np.testing.assert_array_equal(clipped[~finite], 0.0)
 
 
+@pytest.mark.slow_but_for("7")
 @pytest.mark.parametrize("horizon", [7, 50])  # 7: an episode ends in every second window
 def test_truncated_es_tends_to_truncated_backpropagation(horizon):
   """As σ → 0 a pair's estimate is ε (ε·g)/σ², with g the gradient of the same window by backpropagation."""

@@ -107,6 +107,7 @@ def test_its_gradient_under_every_unbiased_estimator(name):
     assert np.all(np.abs(np.mean(means, axis=0) - exact) < 4 * error), (minimum, maximum, means.mean(axis=0), exact)
 
 
+@pytest.mark.slow_but_for("8")
 @pytest.mark.parametrize("unroll_length", [4, 8])
 def test_truncated_estimators_have_that_of_the_last_window(unroll_length):
   """T = 8, no noise: the first window's Σ p is its last loss, the second's is that less a constant."""

@@ -218,7 +218,7 @@ class TestEveryEstimator:
     for (a, _), (b, _) in zip(run(compiled(name), 4), run(ESTIMATORS[name](3), 4), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
-  @pytest.mark.slow_but_for("pes", "full bptt")
+  @pytest.mark.slow_but_for("pes")
   def test_devices_do_not_matter(self, name):
     devices = 4
     averaged = parallel.averaged(ESTIMATORS[name](2))
@@ -241,6 +241,7 @@ class TestEveryEstimator:
     gradient, *_ = estimate(jax.random.key(3), THETA, shuffled)
     np.testing.assert_allclose(leaves(gradient), leaves(expected), rtol=1e-4, atol=1e-6)
 
+  @pytest.mark.slow_but_for("pes", "full bptt")
   def test_a_second_call_does_not_compile(self, name):
     init, estimate, traces = compiled(name)
     theta, state = THETA, init(jax.random.key(1), THETA)
@@ -257,7 +258,7 @@ def bytes_needed(estimator):
   return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 
-@pytest.mark.slow_but_for("pes", "rtrl")
+@pytest.mark.slow_but_for("pes")
 @pytest.mark.parametrize(
   "build",
   [

@@ -41,6 +41,7 @@ def test_a_name_that_is_none_of_theta():
     meta_parameters.start_from(architecture(), THETA, ("head",))
 
 
+@pytest.mark.slow
 def test_meta_training_leaves_the_frozen_part_alone():
   optimizer = mlp.build(hidden_sizes=(4,))
   theta = optimizer.init(jax.random.key(3))

@@ -139,6 +139,7 @@ def test_devices_do_not_matter_and_may_change(monkeypatch, num_devices):
   np.testing.assert_allclose(continued.theta["shift"], on_eight.theta["shift"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_program_for_given_devices_computes_what_advance_computes():
   trained = trainer(steps_per_call=2)
   state = trained.init()

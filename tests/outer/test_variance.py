@@ -59,6 +59,7 @@ def closed_form(gradients, unroll_length):
   return sum((P + 1 + w * P) * g @ g for w, g in enumerate(sums))
 
 
+@pytest.mark.slow_but_for("identical-4", "independent-4")
 @pytest.mark.parametrize("unroll_length", UNROLLS)
 @pytest.mark.parametrize("kind", STEP_GRADIENTS)
 def test_variance_of_pes(kind, unroll_length):
@@ -68,6 +69,7 @@ def test_variance_of_pes(kind, unroll_length):
   assert abs(variance - closed_form(gradients, unroll_length)) < 4 * error
 
 
+@pytest.mark.slow_but_for("independent-4")
 @pytest.mark.parametrize("unroll_length", [1, 4])
 @pytest.mark.parametrize("kind", STEP_GRADIENTS)
 def test_variance_with_noise_kept_for_the_episode(kind, unroll_length):

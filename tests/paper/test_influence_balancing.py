@@ -39,6 +39,7 @@ def test_influence_is_the_closed_form_and_changes_its_sign(script):
   np.testing.assert_allclose(influence[[0, 9, 99]], [1, 10, -6], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unroll_length", [1, 10, 100])
 def test_truncated_backpropagation_has_the_closed_forms_bias(script, unroll_length):
   theta = jnp.float32(0.5)

@@ -50,6 +50,7 @@ def test_estimators_take_as_many_inner_steps(script):
     assert groups * metrics["inner_steps"] == 12 * 3, name
 
 
+@pytest.mark.slow
 def test_every_episode_trains_the_same_task(script):
   settings = script.QUICK._replace(hidden_sizes=(3,), batch_size=4, horizon=6)
   problem = script.build_problem(settings, baselines.adam())

@@ -55,6 +55,7 @@ def run(problem, step, theta, keys):
   return losses
 
 
+@pytest.mark.slow
 def test_inner_runs_equal_those_of_a_plain_loop(script, built):
   problem, measure = built
   state = problem.init(jax.random.key(1), jnp.int32(T))

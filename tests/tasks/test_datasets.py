@@ -313,6 +313,7 @@ def test_preparing_is_quiet_and_needs_no_tensorflow(tmp_path):
   assert (out.strip(), err) == ("False", "")
 
 
+@pytest.mark.slow
 def test_processes_that_prepare_the_same_set_at_once(data_dir, tmp_path):
   # They wait for each other just before TFDS starts, so that both of them prepare.
   code = """

@@ -257,6 +257,7 @@ def test_initial_weights_have_the_tasks_scale(data_dir):
       assert np.all(np.asarray(params[name]["b"]) == 0)
 
 
+@pytest.mark.slow
 def test_tasks_are_trained_under_vmap(family, tasks):
   """Runs start below the cap, and 200 steps of Adam take all of them well below a uniform guess."""
   tasks = take(tasks, slice(0, 100))

@@ -51,6 +51,7 @@ def lstm(params, x, state):
   return h, (h, c)
 
 
+@pytest.mark.slow_but_for("lstm", "gru")
 @pytest.mark.parametrize("core", [vanilla, gru, lstm])
 def test_loss_equals_that_of_a_plain_loop(path, core):
   family = rnn_language_model.build(path=path, core=core.__name__, width=5, context=7, batch_size=3)
