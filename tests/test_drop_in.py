@@ -245,6 +245,27 @@ def example(name) -> Any:
   return module
 
 
+@pytest.mark.slow_but_for("tensor_mlp")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_of_bfloat16_is_that_of_float32_rounded_between_steps(name):
+  optimizer = lopt.load(name)
+  tx, rounding = optimizer(num_steps=STEPS), optimizer(num_steps=STEPS, state_dtype=jnp.bfloat16)
+  params = rounded = start()
+  state, stored = tx.init(params), rounding.init(params)
+  for _ in range(3):
+    params, state = step(tx, params, state)
+    rounded, stored = step(rounding, rounded, stored)
+    close(rounded, params)
+    state = jax.tree.map(
+      lambda x: x.astype(jnp.bfloat16).astype(x.dtype) if x.ndim and x.dtype == jnp.float32 else x, state
+    )
+  arrays, full = ([x for x in jax.tree.leaves(tree) if x.ndim] for tree in (stored, state))
+  assert all(x.dtype == jnp.bfloat16 for x in arrays)
+  assert sum(x.nbytes for x in arrays) == 0.5 * sum(x.nbytes for x in full)
+  with pytest.raises(ValueError, match="state_dtype: must be float32 or bfloat16, not float16"):
+    optimizer(num_steps=STEPS, state_dtype=jnp.float16)
+
+
 @pytest.mark.slow_but_for("haiku_loop")
 @pytest.mark.parametrize("name", ["haiku_loop", "flax_loop"])
 def test_training_loops(name):

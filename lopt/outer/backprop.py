@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int, Key
 from lopt import base, checks
 from lopt.outer import unrolls, vectors
 
-
 KEPT_BYTES = 2**29  # of states, one for each step of a block of episodes
 
 

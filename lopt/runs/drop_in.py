@@ -47,6 +47,7 @@ class TrainedOptimizer(NamedTuple):
     learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: float = 0.0,
     mask: Any | Callable[[PyTree], Any] | None = None,
+    state_dtype: Any = jnp.float32,
   ) -> optax.GradientTransformationExtraArgs:
     """Δp = -α_t (u + λ p) for a run of `num_steps` steps, with the direction u.
 
@@ -56,10 +57,11 @@ class TrainedOptimizer(NamedTuple):
       learning_rate: α_t: a number, or an Optax schedule of the step. It needs no `num_steps`.
       weight_decay: λ, decoupled, per unit of the learning rate; as in `optax.adamw`.
       mask: What λ applies to, as in `optax.adamw`.
+      state_dtype: What the state's arrays are rounded to between steps: float32, or bfloat16, for half the memory.
 
     Raises:
-      ValueError: `num_steps` is below 1; neither it nor a learning rate is given; or an optimizer that decides on its
-        steps by itself is given a learning rate or weight decay.
+      ValueError: `num_steps` is below 1; `state_dtype` is neither of the two; neither `num_steps` nor a learning rate
+        is given; or an optimizer that decides on its steps by itself is given a learning rate or weight decay.
     """
     if num_steps is not None and not isinstance(num_steps, jax.Array) and num_steps < 1:
       raise ValueError(f"num_steps: {num_steps} is not a number of training steps; it must be at least 1")
@@ -68,26 +70,31 @@ class TrainedOptimizer(NamedTuple):
         raise ValueError(f"{'weight_decay' if learning_rate is None else 'learning_rate'}: {_NO_DIRECTION}")
       if num_steps is None:
         raise ValueError("num_steps: this optimizer needs the number of training steps: optimizer(num_steps=...)")
-      return wrap(self.architecture.transform, self.theta, num_steps, bounded=True)
+      return wrap(self.architecture.transform, self.theta, num_steps, bounded=True, state_dtype=state_dtype)
     if learning_rate is None:
       if num_steps is None:
         raise ValueError("num_steps: give it, for the recommended learning rates, or a learning_rate")
       learning_rate = self.schedule(num_steps)
     decay = optax.add_decayed_weights(weight_decay, mask) if weight_decay else optax.identity()
-    return optax.chain(self.direction(num_steps), decay, optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(
+      self.direction(num_steps, state_dtype=state_dtype), decay, optax.scale_by_learning_rate(learning_rate)
+    )
 
-  def direction(self, num_steps: Any = None) -> optax.GradientTransformationExtraArgs:
+  def direction(
+    self, num_steps: Any = None, *, state_dtype: Any = jnp.float32
+  ) -> optax.GradientTransformationExtraArgs:
     """The direction u alone, uphill as `optax.scale_by_adam`'s and of unit size, to be chained with what sizes steps.
 
     Args:
       num_steps: Length of the run, for architectures that use it.
+      state_dtype: As above.
 
     Raises:
-      ValueError: The optimizer decides on its steps by itself.
+      ValueError: `state_dtype` is neither float32 nor bfloat16, or the optimizer decides on its steps by itself.
     """
     if self.architecture.direction is None:
       raise ValueError(f"direction: {_NO_DIRECTION}")
-    return wrap(self.architecture.direction, self.theta, num_steps, bounded=False)
+    return wrap(self.architecture.direction, self.theta, num_steps, bounded=False, state_dtype=state_dtype)
 
   def schedule(self, num_steps: Any) -> optax.Schedule:
     """The recommended learning rate at each of `num_steps` steps: warm-up, then a cosine to zero."""
@@ -108,6 +115,7 @@ def wrap(
   num_steps: Any,
   *,
   bounded: bool,
+  state_dtype: Any = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
   """`build(theta, num_steps)` for parameters of any floating-point precision, size and layout.
 
@@ -120,10 +128,17 @@ def wrap(
     num_steps: Length of the run.
     bounded: Whether gradients of a tensor with any beyond `LARGEST_GRADIENT` are scaled down to it: for architectures
       that do not divide them by their scale themselves.
+    state_dtype: Of the state's arrays between steps.
+
+  Raises:
+    ValueError: `state_dtype` is neither float32 nor bfloat16.
   """
+  stored = jnp.dtype(state_dtype)
+  if stored not in (jnp.float32, jnp.bfloat16):
+    raise ValueError(f"state_dtype: must be float32 or bfloat16, not {stored}")
 
   def init(params: PyTree) -> PyTree:
-    return build(theta, num_steps).init(_prepared(params, "parameters"))
+    return _in_precision(build(theta, num_steps).init(_prepared(params, "parameters")), jnp.float32, stored)
 
   def compute(theta, num_steps, updates, state, params, extra_args):
     if bounded:
@@ -138,6 +153,7 @@ def wrap(
     like = updates if params is None else params
     if not jax.tree.leaves(gradients):
       return jax.tree.map(jnp.zeros_like, like), state
+    state = _in_precision(state, stored, jnp.float32)
     out_like = (gradients if prepared is None else prepared, state)
     steps, state = sharding.automatically(compute, out_like, theta, num_steps, gradients, state, prepared, extra_args)
     steps = iter(jax.tree.leaves(steps))
@@ -146,7 +162,7 @@ def wrap(
       x = jnp.asarray(x)
       return next(steps).astype(x.dtype) if x.size else jnp.zeros_like(x)
 
-    return jax.tree.map(finished, like), state
+    return jax.tree.map(finished, like), _in_precision(state, jnp.float32, stored)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -174,6 +190,11 @@ def _prepared(tree: PyTree, what: str) -> PyTree:
     )
 
   return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _in_precision(state: PyTree, of: Any, to: Any) -> PyTree:
+  """The state with its arrays of one dtype in another; numbers, such as a tensor's scale, stay as they are."""
+  return jax.tree.map(lambda x: x.astype(to) if x.ndim and x.dtype == of else x, state)
 
 
 def _bounded(gradient: Array) -> Array:
