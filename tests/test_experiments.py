@@ -62,7 +62,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
 
 @pytest.mark.slow_but_for("1.1")
-@pytest.mark.parametrize("patience", [0.0, 0.4, 1.1])
+@pytest.mark.parametrize("patience", [pytest.param(0.0, marks=pytest.mark.long), 0.4, 1.1])
 def test_a_killed_run_continues_bit_for_bit(finished, environment, meta_train, tmp_path, patience):
   """Killed by -9 some time after the first checkpoint, wherever it hits; then the same command again."""
   workdir, _ = finished

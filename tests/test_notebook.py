@@ -16,7 +16,7 @@ def test_figures_are_shown():
   assert pictures.Shown()._repr_png_().startswith(b"\x89PNG")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_it_meta_trains_stops_goes_on_and_evaluates(tmp_path):
   script = ROOT / "experiments" / "examples" / "notebook.py"
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -50,7 +50,7 @@ def test_in_a_checkout_the_commands_are_the_scripts(tmp_path):
   assert result.stderr.startswith("lopt meta-train: --config: no configuration 'nonsense'; there are: digits, ")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_it_meta_trains_and_evaluates_in_an_empty_folder(tmp_path):
   pip, source = [sys.executable, "-m", "pip"], tmp_path / "source"  # a copy: building leaves files beside the sources
   shutil.copytree(

@@ -21,6 +21,14 @@ SIGMA = 0.3
 REPLICATES, PAIRS, WINDOWS, BURN_IN = 32, 64, 70, 30  # 70 windows hold whole cycles for every T and K below
 
 
+@pytest.fixture(autouse=True, scope="module")
+def with_optimizations():
+  """Here running takes longer than compiling."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
+
+
 def vector(theta):
   return jnp.append(theta["a"], theta["b"])
 
@@ -139,15 +147,9 @@ def full_bptt(problem):
   return backprop.build(problem, num_runs=PAIRS, unroll_length=None, max_horizon=13, runs_per_block=PAIRS)
 
 
-# Compiling takes long. Always tested: K = 3, which divides neither 7 nor 10, and 5, which divides 10; episodes of one
-# step begin several times in a window of either. The rest waits for `pytest -m long`, with K = 5 where compiling
-# derivatives of windows takes longest.
-EXPENSIVE = {"pes+analytic", "uoro"}
-GRID = [
-  pytest.param(name, k, marks=[] if k == 3 or (k == 5 and name not in EXPENSIVE) else [pytest.mark.long])
-  for name in ONLINE
-  for k in UNROLLS
-]
+# Always tested: K = 3, which divides neither 7 nor 10; episodes of one step begin several times in its windows. The
+# rest waits for `pytest -m long`.
+GRID = [pytest.param(name, k, marks=[] if k == 3 else [pytest.mark.long]) for name in ONLINE for k in UNROLLS]
 
 
 @pytest.mark.slow_but_for("pes-3-lockstep", "rtrl-3-lockstep")
@@ -163,7 +165,7 @@ def test_online_estimators_are_unbiased(name, unroll_length, stagger):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [full_es, full_bptt])
+@pytest.mark.parametrize("build", [full_es, pytest.param(full_bptt, marks=pytest.mark.long)])  # exact: test_exact
 def test_estimators_of_whole_episodes_are_unbiased(build):
   for minimum, maximum in HORIZONS:
     means, _ = replicated_means(build, minimum, maximum, WINDOWS)
