@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,35 @@ def test_the_training_loop_runs(tmp_path):
   said = re.fullmatch(r"training loss after 200 steps: (\d+\.\d{3})\n", result.stdout)
   assert said
   assert float(said[1]) < 0.3
+
+
+COMMANDS = re.findall(r"^    (make [^\n]*)\n\n(.*?)\n\n", README, re.M | re.S)
+SMALLER = {"make report": "make report SUITE=fresh TASKS=1 SEEDS=1"}  # takes an hour; the rest runs as it stands
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("clone")
+  subprocess.run(["git", "clone", "-q", str(ROOT), str(folder / "lopt")], check=True)
+  environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8"}
+  install = ["make", f"PYTHON={sys.executable}", ".venv/dev"]
+  subprocess.run(install, cwd=folder / "lopt", env=environment, check=True, capture_output=True)
+  return folder / "lopt", environment
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("command", "text"), COMMANDS, ids=[command for command, _ in COMMANDS])
+def test_commands_run_in_a_fresh_clone_in_the_time_that_they_claim(clone, command, text):
+  """In their order, in an environment of their own; needs the package index."""
+  folder, environment = clone
+  begun = time.monotonic()
+  words = SMALLER.get(command, command).split()
+  result = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+  minutes = (time.monotonic() - begun) / 60
+  assert result.returncode == 0, result.stderr[-3000:]
+  claims = re.findall(r"(\d+) minutes", text)
+  if claims and command not in SMALLER:
+    assert minutes < float(claims[-1]), f"{command} took {minutes:.1f} minutes"
 
 
 def test_files_and_targets_that_are_named_exist():

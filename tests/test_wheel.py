@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import lopt
+
 ROOT = Path(__file__).parent.parent
 TINY = {
   "num_outer_steps": 4,
@@ -31,6 +33,14 @@ def test_every_package_is_in_it():
   folders = {path.parent for path in (ROOT / "lopt").rglob("*.py")}
   expected = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
   assert set(packages) == expected | {"lopt.commands", "lopt.commands.configs"}
+
+
+def test_the_version_is_that_of_the_tag_and_of_the_changelog():
+  assert f"\n## {lopt.__version__}\n" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+  if not (ROOT / ".git").exists():
+    pytest.skip("needs the repository")
+  tags = subprocess.run(["git", "tag", "--points-at", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
+  assert all(tag == f"v{lopt.__version__}" for tag in tags.stdout.split())
 
 
 def test_a_command_that_is_not_there_is_one_line():
