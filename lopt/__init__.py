@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from lopt import lazy
 from lopt.runs.trained import load
 from lopt.version import __version__
 
@@ -22,4 +23,4 @@ def __getattr__(name: str) -> Any:
     from lopt.evaluation.evaluate import evaluate
 
     return evaluate
-  raise AttributeError(f"module 'lopt' has no attribute {name!r}")
+  return lazy.modules_of("lopt")(name)

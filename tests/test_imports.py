@@ -3,6 +3,8 @@
 import ast
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports from the layers before its own only. A package stands for all of its files, so a new task,
 # architecture or estimator needs no line here; a new module at the top of lopt does.
 LAYERS = (
-  ("base", "checks", "signatures", "version", "runs.files"),
+  ("base", "checks", "lazy", "signatures", "version", "runs.files"),
   ("configuration", "architectures", "tasks", "outer", "runs", "evaluation.measures"),
   ("inner_training", "evaluation.baselines", "runs.trained", "runs.drop_in", "runs.cache"),
   ("outer.meta_training",),
@@ -98,9 +100,11 @@ def test_imports_run_one_way():
   assert violations(ROOT) == []
 
 
-def test_package_init_files_are_empty():
+def test_package_init_files_import_nothing_by_themselves():
+  lines = ["from lopt import lazy", "__getattr__ = lazy.modules_of(__name__)"]
   for package in ("architectures", "tasks", "outer", "evaluation", "runs"):
-    assert (ROOT / "lopt" / package / "__init__.py").read_text("utf-8").strip() == ""
+    text = (ROOT / "lopt" / package / "__init__.py").read_text("utf-8")
+    assert [line for line in text.splitlines() if line and not line.startswith('"')] in (lines, [])
 
 
 FINE = {
@@ -167,3 +171,11 @@ def test_a_planted_violation_is_found(tmp_path, file, code, message):
   path = tmp_path / "lopt" / file
   path.write_text(f"{FINE.get(file, '')}{code}\n")
   assert violations(tmp_path) == [message]
+
+
+def test_modules_are_there_after_import_lopt_alone():
+  code = (
+    "import lopt; assert lopt.tasks.quadratic.build and lopt.architectures.celo.build and lopt.outer.pes.build; "
+    "assert lopt.base.TaskFamily and not hasattr(lopt.tasks, 'nonsense') and not hasattr(lopt, 'nonsense')"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
