@@ -67,7 +67,7 @@ def clone(tmp_path_factory):
 
 @pytest.mark.long
 @pytest.mark.parametrize(("command", "text"), COMMANDS, ids=[command for command, _ in COMMANDS])
-def test_commands_run_in_a_fresh_clone_in_the_time_that_they_claim(clone, command, text):
+def test_commands_run_in_a_fresh_clone_in_the_time_that_they_claim(clone, command: str, text: str):
   """In their order, in an environment of their own; needs the package index."""
   folder, environment = clone
   begun = time.monotonic()

@@ -30,9 +30,9 @@ def final_losses(family, tx, num_steps):
     params = family.init(params_key, task_params)
 
     def step(carry, i):
-      params, state, loss = inner_training.train_step(
-        family, tx, jax.random.fold_in(steps_key, i), *carry, task_params
-      )
+      params, state = carry
+      step_key = jax.random.fold_in(steps_key, i)
+      params, state, loss = inner_training.train_step(family, tx, step_key, params, state, task_params)
       return (params, state), family.normalize(loss, task_params)
 
     _, losses = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(num_steps))

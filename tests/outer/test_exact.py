@@ -135,7 +135,7 @@ def discounted_sum(horizon, discount):
   """Σ_t ∂L_t of one episode, forwards: ∂s_t = γ A_t ∂s_{t-1} + B_t."""
   runs, key = problem(horizon, horizon), jax.random.key(0)
   vector, unravel = vectors.ravel(theta())
-  state, total = runs.init(key, jnp.int32(horizon)), 0.0
+  state, total = runs.init(key, jnp.int32(horizon)), jnp.zeros(vector.size)
   sensitivity = jnp.zeros((2, vector.size))
   for _ in range(horizon):
 
