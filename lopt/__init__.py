@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "evaluate", "load", "meta_train"]
 
 
+_module = lazy.modules_of(__name__)
+
+
 def __getattr__(name: str) -> Any:
   """What meta-trains and evaluates is imported when asked for: whoever only loads an optimizer need not wait."""
   if name == "meta_train":
@@ -23,4 +26,4 @@ def __getattr__(name: str) -> Any:
     from lopt.evaluation.evaluate import evaluate
 
     return evaluate
-  return lazy.modules_of("lopt")(name)
+  return _module(name)

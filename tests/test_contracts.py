@@ -39,7 +39,7 @@ def family():
 
 
 def every_pair():
-  """Architectures and families. An optimizer sees only the arrays of a family, so most pairs are slow tests."""
+  """Architectures and families. An optimizer sees only the arrays of a family, so most pairs are marked long."""
   for optimizer in ARCHITECTURES:
     for task in FAMILIES:
       quick = task == "quadratic" or optimizer == "mlp"

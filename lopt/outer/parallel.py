@@ -142,8 +142,7 @@ def split(state: base.State, devices: int) -> base.State:
   if jax.process_count() == 1:
     return state
   first = jax.process_index() * jax.local_device_count()
-  here = jax.tree.map(lambda x: x[first : first + jax.local_device_count()], state)
-  return jax.pmap(lambda x: x, AXIS)(here)  # lays it out as `spread` wants it
+  return jax.tree.map(lambda x: x[first : first + jax.local_device_count()], state)
 
 
 def join(state: base.State) -> base.State:

@@ -94,11 +94,11 @@ def replicated_means(build, minimum, maximum):
   return jax.vmap(replicate)(jax.random.split(jax.random.key(0), REPLICATES))
 
 
-SLOW = {"pes+analytic", "full bptt", "uoro"}  # to compile; the wrapper does not know under which it is
+LONG = {"pes+analytic", "full bptt", "uoro"}  # to compile; the wrapper does not know under which it is
 
 
 @pytest.mark.slow_but_for("pes")
-@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.long] if x in SLOW else []) for x in UNBIASED])
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.long] if x in LONG else []) for x in UNBIASED])
 def test_its_gradient_under_every_unbiased_estimator(name):
   for minimum, maximum in [(7, 7), (3, 13)]:
     means, exact = np.asarray(replicated_means(UNBIASED[name], minimum, maximum)), exact_gradient(minimum, maximum)
