@@ -198,6 +198,7 @@ def _start_wandb(workdir: Path, config: Mapping[str, Any], mode: str, *, resumed
           console="off",
           init_timeout=_INIT_TIMEOUT,
           finish_timeout=_FINISH_TIMEOUT,
+          finish_timeout_raises=True,
         ),
       )
       # Our own axis, because W&B drops what is logged for a step below its newest, as after a resumption.

@@ -2,10 +2,12 @@ import json
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -303,3 +305,68 @@ def test_no_key_is_in_any_file(tmp_path, monkeypatch, capfd):
   for path in files:
     assert key.encode() not in path.read_bytes(), path
   assert key not in "".join(capfd.readouterr())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_network_that_goes_away_during_an_online_run(tmp_path, monkeypatch, capfd, comes_back):
+  """A server of our own, killed while W&B's client sends to it."""
+  import wandb
+
+  with socket.create_server(("127.0.0.1", 0)) as probe:
+    port = probe.getsockname()[1]
+  received = tmp_path / "received.jsonl"
+  command = [sys.executable, Path(__file__).with_name("wandb_server.py"), str(port), received]
+  monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+  monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+  monkeypatch.setattr(tracking, "_FINISH_TIMEOUT", 60 if comes_back else 3)
+
+  def serve() -> subprocess.Popen:
+    server = subprocess.Popen(command)
+    until(answers)
+    return server
+
+  def answers() -> bool:
+    with socket.socket() as client:
+      return client.connect_ex(("127.0.0.1", port)) == 0
+
+  def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not true():
+      assert time.monotonic() < end
+      time.sleep(0.1)
+
+  def there() -> list[int]:
+    lines = received.read_text().splitlines() if received.exists() else []
+    return [json.loads(line)["outer_step"] for line in lines]
+
+  server = serve()
+  try:
+    wandb.teardown()  # it reads the environment once
+    tracker = tracking.start(tmp_path / "run", {})
+    for step in range(4):
+      tracker.log(step, {"x": 1.0})
+    until(lambda: there() == [0, 1, 2])  # sent every 15 seconds, without the newest
+    server.kill()
+    server.wait()
+    begin = time.monotonic()
+    for step in range(4, 6):
+      tracker.log(step, {"x": 1.0})
+    assert time.monotonic() - begin < 1  # nobody waits for it
+    if comes_back:
+      time.sleep(1)  # in which it is missed
+      server = serve()
+    tracker.finish()
+  finally:
+    server.kill()
+    server.wait()
+    wandb.teardown()
+  assert [record["step"] for record in records(tmp_path / "run")] == list(range(6))
+  error = capfd.readouterr().err
+  if comes_back:
+    assert there() == list(range(6))
+    assert error == ""
+  else:
+    assert error.startswith("Weights & Biases: upload was not completed (Timed out finishing run.); ")
+    assert error.endswith(f"{tmp_path}/run/wandb\n")
+    assert error.count("\n") == 1
