@@ -11,11 +11,11 @@ TASKS ?= 3
 SEEDS ?= 2
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
+PYTEST := -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 COMPILE := --universal --fork-strategy fewest --python-version 3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help meta-train reproduce-pretrained report evaluate architectures bench check-tpu paper test test-all check format requirements clean
+.PHONY: help meta-train reproduce-pretrained report evaluate architectures bench check-tpu paper test test-all test-newest check format requirements clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 28
@@ -49,10 +49,15 @@ paper: .venv/runtime  ## run the eight experiments of the PES paper (SCALE=full:
 	$(BIN)/python experiments/paper/run_all.py --scale=$(SCALE)
 
 test: .venv/dev  ## run the tests but for those that take long, in 8 to 12 minutes
-	$(PYTEST)
+	$(BIN)/python $(PYTEST)
 
 test-all: .venv/dev  ## run all tests but for those that take minutes each (pytest -m long), in half an hour
-	$(PYTEST) -m "not long"
+	$(BIN)/python $(PYTEST) -m "not long"
+
+test-newest:  ## run the quick tests with the newest versions of all packages, in .venv-newest
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	.venv-newest/bin/python $(PYTEST)
 
 check: .venv/dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -69,7 +74,7 @@ requirements:  ## pin the newest versions that pyproject.toml allows (needs uv)
 	uv pip compile --quiet --upgrade $(COMPILE) --extra paper -c requirements-dev.txt pyproject.toml -o requirements-paper.txt
 
 clean:  ## remove .venv and caches; runs/ stays
-	rm -rf .venv .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-newest .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps .venv/runtime and .venv/dev say that what is installed is what these files ask for.
