@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import stats
 
 NUM_RESAMPLES = 1000
 """Of the bootstrap."""
@@ -85,6 +84,8 @@ class Interval(NamedTuple):
 
 def interquartile_mean(values: Float[np.ndarray, "*some tasks"]) -> Float[np.ndarray, "*some"]:
   """The mean of the middle half, over the last axis: without the lowest and the highest quarter, rounded down."""
+  from scipy import stats  # here, as it takes as long to import as JAX
+
   return np.asarray(stats.trim_mean(values, 0.25, axis=-1))
 
 
