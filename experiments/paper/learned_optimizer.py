@@ -8,7 +8,8 @@ new initial weights for T steps, and the meta-loss is the mean of its T training
 windows of K steps and take the same number of inner steps in all. Once trained, each recorded θ is evaluated
 unperturbed on whole fresh episodes; that is the curve.
 
-Time on 2 CPU cores: about 5 minutes, most of it for TBPTT. The full scale is for a GPU.
+Time on 2 CPU cores: 5 minutes, on two threads of a slow one more than 10; most of it for TBPTT. The full scale is
+for a GPU.
 
 Expected: PES ends with a lower meta-loss than truncated ES, whose windows do not tell it what an update is good for
 after their end. TBPTT, clipped and with a decaying outer learning rate of its own, comes nearly as far as PES at this

@@ -6,7 +6,7 @@
 Each script runs in a process of its own; one that fails does not stop the others. At the end stand the verdicts and
 the path of the page with all figures, <workdir>/index.html. Exits with 1 unless every finding was seen.
 
-Time on 2 CPU cores: about 20 minutes; with --scale=full, days.
+Time on 2 CPU cores: 20 to 40 minutes; with --scale=full, days.
 """
 
 import json
