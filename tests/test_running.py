@@ -121,6 +121,10 @@ def test_an_architecture_of_ones_own_is_passed_when_it_is_loaded(tmp_path):
     ({"init": lambda key, task: {"w": jnp.zeros(3, jnp.int32)}}, r"init: the parameter \['w'\] is of type int32"),
     ({"batch": lambda key, task, split: np.asarray(task)}, "batch.*inside compiled code"),
     ({"batch": lambda key, task, split: (task[0], task) if task[0] > 0 else task}, "batch.*inside compiled code"),
+    (
+      {"batch": lambda key, task, split: (jnp.ones((n := 8 if split == "train" else 4, 3)), jnp.ones(n))},
+      r"batch: splits differ in shape, \(float32\[8, 3\], float32\[8\]\) of train and .* of validation",
+    ),
     ({"sample": lambda key: jnp.zeros(int(jax.random.key_data(key)[-1]) % 3 + 1)}, "two draws differ in shape"),
     ({"sample": lambda key: np.asarray(jax.random.normal(key, (3,)))}, "sample.*inside compiled code"),
   ],
