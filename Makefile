@@ -9,9 +9,9 @@ SUITE ?= fresh,data,size,horizon,architecture,loss
 BASELINES ?= adamw,muon
 TASKS ?= 3
 SEEDS ?= 2
-BIN := .venv/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-PYTEST := -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
+BIN = .venv/bin
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 COMPILE := --universal --fork-strategy fewest --python-version 3.11
 
 .DEFAULT_GOAL := help
@@ -49,15 +49,16 @@ paper: .venv/runtime  ## run the eight experiments of the PES paper (SCALE=full:
 	$(BIN)/python experiments/paper/run_all.py --scale=$(SCALE)
 
 test: .venv/dev  ## run the tests but for those that take long, in 7 to 10 minutes
-	$(BIN)/python $(PYTEST)
+	$(PYTEST)
 
 test-all: .venv/dev  ## run all tests but for those that take minutes each (pytest -m long), in half an hour
-	$(BIN)/python $(PYTEST) -m "not long"
+	$(PYTEST) -m "not long"
 
+test-newest: BIN = .venv-newest/bin
 test-newest:  ## run the quick tests with the newest versions of all packages, in .venv-newest
 	$(PYTHON) -m venv --clear .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	.venv-newest/bin/python $(PYTEST)
+	$(PIP_INSTALL) --editable '.[dev]'
+	$(PYTEST)
 
 check: .venv/dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -57,14 +57,14 @@ COMMANDS = [  # with the paragraph that follows, which may say how long they tak
   for command in block.replace("\\\n", "").splitlines()
   if command.startswith(("    make ", "    .venv/bin/python "))
 ]
-SMALL = {"num_tasks": 1, "num_seeds": 1, "num_steps": 20}
-SMALL_RUN = {"config.num_outer_steps": 4, "config.periodic_evaluation.num_steps": 5}
-SMALL_RUN |= {f"config.evaluation.{name}": value for name, value in SMALL.items()}
+FEWER_RUNS = "--num_tasks=1 --num_seeds=1 --num_steps=20"
+FEWER_STEPS = "--config.num_outer_steps=4 --config.periodic_evaluation.num_steps=5 "
+FEWER_STEPS += FEWER_RUNS.replace("--", "--config.evaluation.")
 SMALLER = {  # what takes an hour and more, by a word of the command; the rest runs as it stands
   "make report": "SUITE=fresh TASKS=1 SEEDS=1",
-  "configs/fashion_mnist": " ".join(f"--{name}={value}" for name, value in SMALL_RUN.items()),
-  "configs/mixture": " ".join(f"--{name}={value}" for name, value in SMALL_RUN.items()),
-  "optimizer=runs/mixture": " ".join(f"--{name}={value}" for name, value in SMALL.items()),
+  "configs/fashion_mnist": FEWER_STEPS,
+  "configs/mixture": FEWER_STEPS,
+  "optimizer=runs/mixture": FEWER_RUNS,
 }
 
 
@@ -73,7 +73,8 @@ def clone(tmp_path_factory):
   folder = tmp_path_factory.mktemp("clone")
   subprocess.run(["git", "clone", "-q", str(ROOT), str(folder / "lopt")], check=True)
   environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8"}
-  environment |= {name: os.environ[name] for name in ("LOPT_MANUAL_DIR",) if name in os.environ}
+  if "LOPT_MANUAL_DIR" in os.environ:
+    environment["LOPT_MANUAL_DIR"] = os.environ["LOPT_MANUAL_DIR"]
   install = ["make", f"PYTHON={sys.executable}", ".venv/dev"]
   subprocess.run(install, cwd=folder / "lopt", env=environment, check=True, capture_output=True)
   return folder / "lopt", environment

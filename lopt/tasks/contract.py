@@ -56,17 +56,18 @@ def check(family: base.TaskFamily, name: str) -> None:
         f"{where}: init: the parameter {jax.tree_util.keystr(path)} is of type {leaf.dtype}; parameters are trained, "
         "and have to be real floating-point arrays"
       )
-  batches: dict[str, str] = {}
+  layout = None  # of the first split's batches
   for split in base.SPLITS:
     batch = _of(
       where,
       f"batch, split {split!r}",
       lambda split=split: jax.eval_shape(lambda key, task: family.batch(key, task, split), keys[3], tasks[0]),
     )
-    batches[split] = _shapes(batch)
-    if batches[split] != (first := batches[base.SPLITS[0]]):
+    own = _shapes(batch)
+    layout = layout or own
+    if own != layout:
       raise ValueError(
-        f"{where}: batch: splits differ in shape, {first} of {base.SPLITS[0]} and {batches[split]} of {split}; "
+        f"{where}: batch: splits differ in shape, {layout} of {base.SPLITS[0]} and {own} of {split}; "
         "all of them have to have batches of one shape"
       )
     result = _of(

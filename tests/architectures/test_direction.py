@@ -111,11 +111,11 @@ def test_the_network_has_a_say(name):
 def test_steps_follow_a_schedule_from_outside():
   schedule = optax.linear_schedule(0.5, 0.1, 4)
   trained = optimizer()
-  for step, (u, updates) in enumerate(
-    zip(directions(trained.direction()), directions(trained(learning_rate=schedule)), strict=True)
-  ):
+  with jax.disable_jit():  # as two programs, directions would be rounded in two ways
+    each = zip(directions(trained.direction()), directions(trained(learning_rate=schedule)), strict=True)
+  for step, (u, updates) in enumerate(each):
     for leaf in PARAMS:
-      np.testing.assert_allclose(updates[leaf], -(0.5 - 0.1 * step) * u[leaf], rtol=1e-5, atol=1e-6)
+      np.testing.assert_allclose(updates[leaf], -(0.5 - 0.1 * step) * u[leaf], rtol=1e-5, atol=1e-7)
 
 
 def test_the_recommended_schedule_warms_up_and_ends_at_zero():
