@@ -149,8 +149,8 @@ def build_train(
     means = {name: x.reshape(2, num_held_out_batches, -1).mean(axis=1) for name, x in metrics.items()}
     return means, jnp.any(bad, axis=0)
 
-  start_all = jax.jit(lambda *run: parallel.map_runs(start, None, run))
-  measure_all = jax.jit(lambda *run: parallel.map_runs(measure, None, run))
+  start_all = parallel.jit(lambda *run: parallel.map_runs(start, None, run))
+  measure_all = parallel.jit(lambda *run: parallel.map_runs(measure, None, run))
 
   def build(rated: Rated) -> Train:
     def advance(
@@ -177,7 +177,7 @@ def build_train(
       params, state, diverged, sums = jax.lax.fori_loop(0, num_steps, step, carry)
       return jax.vmap(baselines.evaluation_params)(state, params), sums, diverged
 
-    advance_all = jax.jit(lambda shared, *run: parallel.map_runs(advance, shared, run))
+    advance_all = parallel.jit(lambda shared, *run: parallel.map_runs(advance, shared, run))
 
     def train(theta: Theta, rates: ArrayLike, tasks: Tasks, seeds: Int[Array, " runs"], num_steps: int) -> Runs:
       # On the host, because θ may have been committed to other devices than those used here.
@@ -263,7 +263,7 @@ def sample_tasks(family: TaskFamily, seed: int, purpose: str, num_tasks: int) ->
   """The first `num_tasks` tasks set apart for a purpose."""
   root = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
 
-  @jax.jit
+  @parallel.jit
   @jax.vmap
   def sample(index: Int[Array, ""]) -> Tasks:
     sample_key, runs_key = jax.random.split(jax.random.fold_in(root, index))

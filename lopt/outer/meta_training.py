@@ -116,7 +116,7 @@ def build(
   """
   theta_key, particles_key, steps_key = keys(seed)
 
-  @jax.jit
+  @parallel.jit
   def start() -> MetaState:
     theta = init_theta(theta_key)
     return MetaState(theta, optimizer.init(theta), estimator.init(particles_key, theta))
@@ -149,7 +149,7 @@ def build(
     (replicated, particles), metrics = jax.lax.scan(outer_step, (replicated, particles), steps)
     return replicated, particles, metrics
 
-  program = parallel.spread(outer_steps, devices)
+  program = parallel.compiled(parallel.spread(outer_steps, devices))
 
   def advance(step: int, state: MetaState) -> tuple[MetaState, dict[str, np.ndarray]]:
     replicated, particles, metrics = program(np.int32(step), state[:2], state.particles)

@@ -24,6 +24,9 @@ from lopt import base, checks
 
 Devices = Sequence[Any]  # of `jax.Device`, which type checkers take for a variable
 AXIS = "devices"
+COMPILER_OPTIONS: dict[str, dict[str, int]] = {"cpu": {"xla_backend_optimization_level": 1}}
+"""What programs of an inner training loop are compiled with. LLVM at its default, 3, takes twice the time to compile
+and gives a CPU nothing that runs faster (`experiments/notes/compilation.md`)."""
 RUNS_PER_BLOCK = {"cpu": 1}
 """How many runs a device trains at once in `map_runs`; 64 where not given. More leave a CPU's caches."""
 
@@ -134,6 +137,29 @@ def spread(function: Callable[..., tuple], devices: int | Devices) -> Any:
     devices=given,  # None: all of all processes
     donate_argnums=2,
   )
+
+
+def compiled(program: Any) -> Callable[..., Any]:
+  """What `spread` returns, compiled with `COMPILER_OPTIONS` at its first call, for arguments like that call's."""
+  executables: list[Callable[..., Any]] = []
+
+  def call(*arguments: Any) -> Any:
+    if not executables:
+      executables.append(program.lower(*arguments).compile(compiler_options=_compiler_options()))
+    return executables[0](*arguments)
+
+  return call
+
+
+def jit(function: Callable[..., base.PyTree]) -> Callable[..., Any]:
+  """`jax.jit` with `COMPILER_OPTIONS`."""
+  return jax.jit(function, compiler_options=_compiler_options())
+
+
+def _compiler_options() -> dict[str, int] | None:
+  if jax.config.read("jax_disable_most_optimizations"):  # by someone who wants even less, as tests do
+    return None
+  return COMPILER_OPTIONS.get(jax.local_devices()[0].platform)
 
 
 def split(state: base.State, devices: int) -> base.State:

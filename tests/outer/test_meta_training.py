@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from lopt import base
-from lopt.outer import meta_training, pes
+from lopt.outer import meta_training, parallel, pes
 from lopt.runs import interruption
 
 NUM_PAIRS = 8
@@ -64,6 +64,22 @@ def test_the_program_is_compiled_once(caplog):
     assert "Compiling" not in caplog.text
     jax.jit(lambda x: x + 1)(0)
     assert "Compiling" in caplog.text
+
+
+def test_the_compiler_takes_our_options(monkeypatch):
+  """Of XLA's names, one that it does not know is refused; the rest of the tests compile without options."""
+  monkeypatch.setattr(parallel, "COMPILER_OPTIONS", {"cpu": {"xla_no_such_option": 1}})
+  jax.config.update("jax_disable_most_optimizations", False)
+  try:
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+      parallel.jit(lambda x: x + 1)(1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+      run(trainer(), 1)
+    monkeypatch.undo()
+    (state, _), (expected, _) = run(trainer(), 3), run(shared(), 3)
+  finally:
+    jax.config.update("jax_disable_most_optimizations", True)
+  np.testing.assert_allclose(state.theta["shift"], expected.theta["shift"], rtol=1e-4)
 
 
 def test_the_loop_equals_a_plain_one():
