@@ -152,19 +152,31 @@ def train_step(
   return optax.apply_updates(params, updates), optimizer_state, loss
 
 
-def log_uniform_horizon(*, minimum: int, maximum: int) -> Callable[[base.PRNGKey], base.Horizon]:
-  """Horizons T with log T uniform, rounded down to whole steps in minimum..maximum (both included).
+def log_uniform_horizon(
+  *, minimum: int, maximum: int, per: Literal["episode", "step"] = "episode"
+) -> Callable[[base.PRNGKey], base.Horizon]:
+  """Horizons T rounded down to whole steps in minimum..maximum (both included), log T uniform.
+
+  Args:
+    minimum, maximum: Inner steps.
+    per: Whether uniform over episodes, of which long ones then have most of the steps, and so most of the weight in
+      the mean loss per step; or over the inner steps, with episodes that have a density ∝ 1/T².
 
   Raises:
-    ValueError: Unless 1 ≤ minimum ≤ maximum.
+    ValueError: Unless 1 ≤ minimum ≤ maximum, or `per` is neither.
   """
+  checks.one_of("per", per, ("episode", "step"))
   if not 1 <= minimum <= maximum:
     raise ValueError(f"needs 1 <= minimum <= maximum, not {minimum} and {maximum}")
 
   def horizon(key: base.PRNGKey) -> base.Horizon:
     if minimum == maximum:
       return jnp.int32(minimum)
-    log_t = jax.random.uniform(key, (), minval=jnp.log(float(minimum)), maxval=jnp.log(maximum + 1.0))
-    return jnp.clip(jnp.exp(log_t).astype(jnp.int32), minimum, maximum)
+    if per == "episode":
+      log_t = jax.random.uniform(key, (), minval=jnp.log(float(minimum)), maxval=jnp.log(maximum + 1.0))
+      t = jnp.exp(log_t)
+    else:
+      t = 1 / jax.random.uniform(key, (), minval=1 / (maximum + 1.0), maxval=1 / minimum)
+    return jnp.clip(t.astype(jnp.int32), minimum, maximum)
 
   return horizon

@@ -137,13 +137,14 @@ def test_an_optimizer_state_that_depends_on_theta_shows():
   assert np.isnan(problem.init(jax.random.key(0), jnp.int32(7)).optimizer_state)
 
 
-def test_horizons_are_log_uniform_and_include_both_ends():
-  horizon = inner_training.log_uniform_horizon(minimum=3, maximum=40)
+@pytest.mark.parametrize(("per", "distribution"), [("episode", np.log), ("step", lambda t: -1 / t)])
+def test_horizons_are_log_uniform_and_include_both_ends(per, distribution):
+  horizon = inner_training.log_uniform_horizon(minimum=3, maximum=40, per=per)
   drawn = np.asarray(jax.vmap(horizon)(jax.random.split(jax.random.key(0), 100_000)))
   assert drawn.min() == 3
   assert drawn.max() == 40
-  edges = np.arange(3, 42)
-  expected = 100_000 * np.diff(np.log(edges)) / np.log(41 / 3)
+  shares = np.diff(distribution(np.arange(3.0, 42)))
+  expected = 100_000 * shares / shares.sum()
   counts = np.bincount(drawn, minlength=41)[3:]
   chi_square = np.sum((counts - expected) ** 2 / expected)
   assert chi_square < 37 + 5 * np.sqrt(2 * 37)
@@ -158,6 +159,8 @@ def test_a_fixed_horizon_is_exact():
 def test_bad_horizons_are_refused(minimum, maximum):
   with pytest.raises(ValueError, match=f"1 <= minimum <= maximum, not {minimum} and {maximum}"):
     inner_training.log_uniform_horizon(minimum=minimum, maximum=maximum)
+  with pytest.raises(ValueError, match="per='run': must be one of episode, step"):
+    inspect.unwrap(inner_training.log_uniform_horizon)(minimum=1, maximum=2, per="run")
 
 
 def test_bad_meta_loss_is_refused():

@@ -21,8 +21,7 @@ from lopt.architectures import layers, sharding
 
 MOMENTUM_DECAYS = (0.5, 0.9, 0.97, 0.99, 0.997)
 SECOND_DECAY = 0.99
-TIME_SCALES = (10, 100)  # inner steps
-NUM_INPUTS = 2 * len(MOMENTUM_DECAYS) + 1 + len(TIME_SCALES)
+NUM_INPUTS = 2 * len(MOMENTUM_DECAYS) + 1  # and one for each time scale
 NUM_FEATURES = 2 * len(MOMENTUM_DECAYS) + 2
 TINY = 1e-20
 
@@ -36,7 +35,13 @@ class TensorMLPState(NamedTuple):
   mean_square: base.PyTree  # of each tensor's gradients: moving average with the longest of the momenta's decays
 
 
-def build(*, hidden_size: int = 8, step_multiplier: float = 1e-3, zero_output: bool = False) -> base.LearnedOptimizer:
+def build(
+  *,
+  hidden_size: int = 8,
+  time_scales: tuple[int, ...] = (10, 100),
+  step_multiplier: float = 1e-3,
+  zero_output: bool = False,
+) -> base.LearnedOptimizer:
   """Δp = -λ Σ_k c_k f_k, with features f_k of the parameter and coefficients c_k of its tensor.
 
   With momenta m_β ← β m_β + (1 - β) g for five β, the second moment v ← 0.99 v + 0.01 g², all corrected for their
@@ -50,12 +55,13 @@ def build(*, hidden_size: int = 8, step_multiplier: float = 1e-3, zero_output: b
       log rms(m_β) / √⟨mean g²⟩      how far the gradients of the last 1 / (1 - β) steps agree
       cos(g, m_β)                    whether the newest does
       min(axes of the tensor, 2) / 2
-      tanh(t/τ - 1)                  of the step t, for τ = 10 and 100.
+      tanh(t/τ - 1)                  of the step t, for each time scale τ.
 
   Nothing in it depends on the scale of gradients or parameters.
 
   Args:
-    hidden_size: Units of the hidden layer; 8 make 220 meta-parameters.
+    hidden_size: Units of the hidden layer; 8 make 220 meta-parameters, with two time scales.
+    time_scales: τ, in inner steps: when the network may change what it does.
     step_multiplier: λ.
     zero_output: Whether the last layer begins at zero, and with it the updates: for learned directions.
 
@@ -65,8 +71,10 @@ def build(*, hidden_size: int = 8, step_multiplier: float = 1e-3, zero_output: b
   if hidden_size < 1:
     raise ValueError(f"hidden_size: must be at least 1, not {hidden_size}")
 
+  num_inputs = NUM_INPUTS + len(time_scales)
+
   def coefficients(inputs: Float[Array, "inputs tensors"]) -> Float[Array, "features tensors"]:
-    w, b = layers.LinearWeights("hidden")(NUM_INPUTS, hidden_size)
+    w, b = layers.LinearWeights("hidden")(num_inputs, hidden_size)
     hidden = jnp.tanh(layers.product(w, inputs) + b[:, None])
     w, b = layers.LinearWeights("coefficients")(hidden_size, NUM_FEATURES, jnp.zeros if zero_output else None)
     return layers.product(w, hidden) + b[:, None]
@@ -74,7 +82,7 @@ def build(*, hidden_size: int = 8, step_multiplier: float = 1e-3, zero_output: b
   net = hk.without_apply_rng(hk.transform(coefficients))
 
   def init(key: base.PRNGKey) -> base.Theta:
-    return net.init(key, jnp.zeros((NUM_INPUTS, 1)))
+    return net.init(key, jnp.zeros((num_inputs, 1)))
 
   def transform(theta: base.Theta, num_steps: Any) -> optax.GradientTransformationExtraArgs:
     del num_steps
@@ -118,7 +126,7 @@ def build(*, hidden_size: int = 8, step_multiplier: float = 1e-3, zero_output: b
       agreement = 0.5 * jnp.log((of_momenta / jnp.square(weights)[:, None] + TINY) / (slow + TINY))
       alignment = dots * jax.lax.rsqrt(of_gradient * of_momenta + TINY)
       axes = jnp.array([[min(g.ndim, 2) / 2 for g, *_ in tensors]])
-      time = jnp.tanh(state.count / jnp.array(TIME_SCALES, jnp.float32) - 1.0)
+      time = jnp.tanh(state.count / jnp.array(time_scales, jnp.float32) - 1.0)
       inputs = jnp.concatenate([agreement, alignment, axes, jnp.tile(time[:, None], len(tensors))])
       scaled = -step_multiplier * net.apply(theta, inputs) * jax.lax.rsqrt(squares + TINY)
       steps = [_weighted_sum(*x, scaled[:, i]) for i, x in enumerate(tensors)]

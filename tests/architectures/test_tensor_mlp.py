@@ -27,14 +27,14 @@ def numpy_update(theta, history, p):
   corrected = [x / (1 - beta**t) for beta, x in zip(DECAYS, m, strict=True)]
   inputs = [np.log(rms(x) / np.sqrt(s / (1 - 0.997**t))) for x in corrected]
   inputs += [np.mean(g * x) / (rms(g) * rms(x)) for x in m]
-  inputs += [min(p.ndim, 2) / 2, np.tanh((t - 1) / 10 - 1), np.tanh((t - 1) / 100 - 1)]
+  inputs += [min(p.ndim, 2) / 2, *(np.tanh((t - 1) / scale - 1) for scale in (10, 100, 1000))]
   layer = lambda name, x: x @ np.asarray(theta[name]["w"], np.float64) + np.asarray(theta[name]["b"], np.float64)
   c = layer("coefficients", np.tanh(layer("hidden", np.array(inputs))))
   return -0.01 * sum(weight * f / rms(f) for weight, f in zip(c, features, strict=True))
 
 
 def test_updates_equal_those_of_a_plain_implementation():
-  optimizer = tensor_mlp.build(step_multiplier=0.01)
+  optimizer = tensor_mlp.build(time_scales=(10, 100, 1000), step_multiplier=0.01)
   theta = jax.tree.map(lambda x: x + 0.1, optimizer.init(jax.random.key(0)))
   rng = np.random.default_rng(0)
   p = {name: rng.normal(size=shape) for name, shape in SHAPES.items()}
