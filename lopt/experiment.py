@@ -145,7 +145,11 @@ def complete(config: Section) -> dict[str, Any]:
       full[field] = {"name": configuration.MIXTURE, "families": families}
     elif section["name"] != OWN:
       full[field] = configuration.complete(package, section, where=where)
-  full["outer_optimizer"] = {**configuration.defaults(meta_training.outer_optimizer), **full["outer_optimizer"]}
+  for field, function in {
+    "outer_optimizer": meta_training.outer_optimizer,
+    "horizon": inner_training.log_uniform_horizon,
+  }.items():
+    full[field] = {**configuration.defaults(function), **full[field]}
   return configuration.plain(full)
 
 

@@ -58,7 +58,8 @@ COMMANDS = [  # with the paragraph that follows, which may say how long they tak
   if command.startswith(("    make ", "    .venv/bin/python "))
 ]
 FEWER_RUNS = "--num_tasks=1 --num_seeds=1 --num_steps=20"
-FEWER_STEPS = "--config.num_outer_steps=4 --config.periodic_evaluation.num_steps=5 "
+FEWER_STEPS = "--config.num_outer_steps=10 --config.outer_optimizer.warmup_steps=1 "
+FEWER_STEPS += "--config.periodic_evaluation.every=10 --config.checkpoint.every=10 "
 FEWER_STEPS += FEWER_RUNS.replace("--", "--config.evaluation.")
 SMALLER = {  # what takes an hour and more, by a word of the command; the rest runs as it stands
   "make report": "SUITE=fresh TASKS=1 SEEDS=1",

@@ -1,0 +1,67 @@
+"""Final losses of runs of several lengths, at several learning rates: trained optimizers and their θ = 0, no rivals.
+
+    python experiments/benchmarks/lengths.py --optimizers=tensor_mlp,runs/mine [--lengths=200,1000,4000]
+
+A quick look at a training that may be worth an evaluation: minutes, where `evaluate.py` takes an hour for long runs.
+All see the same tasks, first parameters and batches of the suite `fresh`. Printed for each family and length: the
+geometric mean over tasks of the final training loss at each task's best rate (and of the validation loss at its best
+one), that over all tasks at every rate, and the share of runs with a loss above the cap at every rate.
+"""
+
+import jax
+import numpy as np
+from absl import app, flags
+
+import lopt
+from lopt import configuration
+from lopt.evaluation import inner_runs, suites
+from lopt.outer import parallel
+from lopt.runs import trained
+
+OPTIMIZERS = flags.DEFINE_list("optimizers", ["tensor_mlp"], "trained optimizers: names, files or work directories")
+LENGTHS = flags.DEFINE_list("lengths", ["200", "1000", "4000"], "inner steps")
+FAMILIES = flags.DEFINE_list("families", list(suites.FRESH), "of the suite fresh")
+NUM_TASKS = flags.DEFINE_integer("num_tasks", 4, "tasks of each family", 1)
+NUM_SEEDS = flags.DEFINE_integer("num_seeds", 2, "runs of each task", 1)
+RATES = np.array([0.0025, 0.005, 0.01, 0.02, 0.04, 0.08])
+FLOOR = 1e-7  # losses of zero have no logarithm
+SEED = 77  # other tasks than those that `evaluate.py` reports
+
+
+def log_mean(losses):
+  """[tasks * seeds, rates] -> log-losses, means over seeds, [tasks, rates]."""
+  return np.log(losses + FLOOR).reshape(NUM_TASKS.value, NUM_SEEDS.value, -1).mean(axis=1)
+
+
+def main(argv):
+  del argv
+  parallel.setup()
+  optimizers = {trained.name_of(path): lopt.load(path) for path in OPTIMIZERS.value}
+  print(f"| family | steps | optimizer | best | validation | at {', '.join(map(str, RATES))} | above the cap |")
+  print("|---|---:|---|---:|---:|---|---|")
+  for name in FAMILIES.value:
+    family = configuration.build("tasks", suites.FRESH[name], where=name)
+    tasks = inner_runs.sample_tasks(family, SEED, inner_runs.HELD_OUT, NUM_TASKS.value)
+    tasks, seeds = inner_runs.every_seed(tasks, NUM_SEEDS.value)
+    rates = np.broadcast_to(RATES, (len(seeds), len(RATES)))
+    build = inner_runs.build_train(family, num_held_out_batches=16)
+    for label, optimizer in optimizers.items():
+      train = build(inner_runs.at_rate(optimizer.architecture))  # one program for all lengths, and for θ = 0
+      for steps in map(int, LENGTHS.value):
+        for what, theta in {
+          label: optimizer.theta,
+          f"θ = 0 of {label}": jax.tree.map(np.zeros_like, optimizer.theta),
+        }.items():
+          runs = train(theta, rates, tasks, seeds, steps)
+          final, validation = log_mean(runs.final_loss), log_mean(runs.held_out_loss)
+          best, best_validation = (np.exp(x.min(axis=1).mean()) for x in (final, validation))
+          at_rates = ", ".join(f"{x:.3g}" for x in np.exp(final.mean(axis=0)))
+          capped = ", ".join(f"{x:.2g}" for x in runs.diverged.mean(axis=0))
+          print(
+            f"| {name} | {steps:,} | {what} | {best:.4g} | {best_validation:.4g} | {at_rates} | {capped} |",
+            flush=True,
+          )
+
+
+if __name__ == "__main__":
+  app.run(main)
