@@ -17,7 +17,7 @@ HORIZON = {"minimum": 50, "maximum": 200}
 ESTIMATOR = {"name": "pes", "num_pairs": 32, "sigma": 0.1, "noise_period": 200}
 OUTER_OPTIMIZER = {"learning_rate": 1e-2}
 PERIODIC_EVALUATION = {"every": 200, "num_tasks": 8, "num_seeds": 2, "num_steps": 200}
-EVALUATION = {"num_tasks": 8, "num_seeds": 5, "num_steps": 200}
+EVALUATION = {"num_tasks": 16, "num_seeds": 3, "num_steps": 200}
 CHECKPOINT = {"every": 100, "keep": 3}
 
 OWN = "passed.in.Python"

@@ -25,4 +25,5 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.balance = True
   config.periodic_evaluation.num_tasks = 4
   config.evaluation.num_tasks = 4
+  config.evaluation.num_seeds = 5
   return config
