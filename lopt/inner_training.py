@@ -14,6 +14,7 @@ from lopt import base, checks
 
 Split = Literal["train", "validation"]
 Precision = Literal["float32", "bfloat16"]
+Per = Literal["episode", "step"]  # over what horizons are log-uniform
 
 
 class InnerState(NamedTuple):
@@ -153,7 +154,7 @@ def train_step(
 
 
 def log_uniform_horizon(
-  *, minimum: int, maximum: int, per: Literal["episode", "step"] = "episode"
+  *, minimum: int, maximum: int, per: Per = "episode"
 ) -> Callable[[base.PRNGKey], base.Horizon]:
   """Horizons T rounded down to whole steps in minimum..maximum (both included), log T uniform.
 
@@ -165,7 +166,7 @@ def log_uniform_horizon(
   Raises:
     ValueError: Unless 1 ≤ minimum ≤ maximum, or `per` is neither.
   """
-  checks.one_of("per", per, ("episode", "step"))
+  checks.one_of("per", per, get_args(Per))
   if not 1 <= minimum <= maximum:
     raise ValueError(f"needs 1 <= minimum <= maximum, not {minimum} and {maximum}")
 

@@ -8,6 +8,8 @@ geometric mean over tasks of the final training loss at each task's best rate (a
 one), that over all tasks at every rate, and the share of runs with a loss above the cap at every rate.
 """
 
+import itertools
+
 import jax
 import numpy as np
 from absl import app, flags
@@ -33,6 +35,15 @@ def log_mean(losses):
   return np.log(losses + FLOOR).reshape(NUM_TASKS.value, NUM_SEEDS.value, -1).mean(axis=1)
 
 
+def row(runs):
+  """What is printed of runs at all rates."""
+  final, validation = log_mean(runs.final_loss), log_mean(runs.held_out_loss)
+  best, best_validation = (np.exp(x.min(axis=1).mean()) for x in (final, validation))
+  at_rates = ", ".join(f"{x:.3g}" for x in np.exp(final.mean(axis=0)))
+  capped = ", ".join(f"{x:.2g}" for x in runs.diverged.mean(axis=0))
+  return f"{best:.4g} | {best_validation:.4g} | {at_rates} | {capped}"
+
+
 def main(argv):
   del argv
   parallel.setup()
@@ -47,20 +58,9 @@ def main(argv):
     build = inner_runs.build_train(family, num_held_out_batches=16)
     for label, optimizer in optimizers.items():
       train = build(inner_runs.at_rate(optimizer.architecture))  # one program for all lengths, and for θ = 0
-      for steps in map(int, LENGTHS.value):
-        for what, theta in {
-          label: optimizer.theta,
-          f"θ = 0 of {label}": jax.tree.map(np.zeros_like, optimizer.theta),
-        }.items():
-          runs = train(theta, rates, tasks, seeds, steps)
-          final, validation = log_mean(runs.final_loss), log_mean(runs.held_out_loss)
-          best, best_validation = (np.exp(x.min(axis=1).mean()) for x in (final, validation))
-          at_rates = ", ".join(f"{x:.3g}" for x in np.exp(final.mean(axis=0)))
-          capped = ", ".join(f"{x:.2g}" for x in runs.diverged.mean(axis=0))
-          print(
-            f"| {name} | {steps:,} | {what} | {best:.4g} | {best_validation:.4g} | {at_rates} | {capped} |",
-            flush=True,
-          )
+      thetas = {label: optimizer.theta, f"θ = 0 of {label}": jax.tree.map(np.zeros_like, optimizer.theta)}
+      for steps, (what, theta) in itertools.product(map(int, LENGTHS.value), thetas.items()):
+        print(f"| {name} | {steps:,} | {what} | {row(train(theta, rates, tasks, seeds, steps))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,7 @@ def get_config(choices: str = "") -> ml_collections.ConfigDict:
   config.horizon = ml_collections.ConfigDict()  # inner steps of an episode, drawn log-uniformly for each
   config.horizon.minimum = 50
   config.horizon.maximum = 200
-  config.horizon.per = (
-    "episode"  # or "step": log-uniform over the inner steps, so short ones count as much as long ones
-  )
+  config.horizon.per = "episode"  # or 'step': log-uniform over inner steps, so that no length drowns another
 
   config.outer_optimizer = ml_collections.ConfigDict()  # AdamW on θ
   config.outer_optimizer.learning_rate = 1e-2  # at its peak; decays along a cosine to the fraction below

@@ -15,7 +15,6 @@ from lopt import inner_training
 from lopt.base import LearnedOptimizer, PyTree, TaskFamily, Theta
 from lopt.evaluation import baselines, inner_runs
 from lopt.evaluation.comparison import GRADIENT, REFERENCE, Comparison
-from lopt.outer import parallel
 
 
 def seconds_per_step(
@@ -42,12 +41,12 @@ def seconds_per_step(
   task = jax.tree.map(operator.itemgetter(0), inner_runs.sample_tasks(family, 0, inner_runs.HELD_OUT, 1))
   init_key, steps_key = jax.random.split(task.keys)
 
-  @parallel.jit
+  @jax.jit
   def start(theta: Theta) -> PyTree:
     params = family.init(init_key, task.params)
     return params, optimizer.transform(theta, num_steps).init(params), jnp.float32(0)
 
-  @parallel.jit
+  @jax.jit
   def run(theta: Theta, state: PyTree, steps: Int[Array, ""]) -> PyTree:
     def step(t: Int[Array, ""], state: PyTree) -> PyTree:
       params, optimizer_state, losses = state
