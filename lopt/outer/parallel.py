@@ -141,6 +141,8 @@ def spread(function: Callable[..., tuple], devices: int | Devices) -> Any:
 
 def compiled(program: Any) -> Callable[..., Any]:
   """What `spread` returns, compiled with `COMPILER_OPTIONS` at its first call, for arguments like that call's."""
+  if has_company():  # JAX compiles it ahead of the call for the arguments of all processes, and is given those of one
+    return program
   executables: list[Callable[..., Any]] = []
 
   def call(*arguments: Any) -> Any:
