@@ -64,8 +64,7 @@ def build(
     ValueError: For another `meta_loss` or `precision`, a `loss_cap` that is not a number, a `log_floor` that is not
       above 0 and finite, or a `step_spread` that is not at least 1 and finite.
   """
-  if meta_loss not in get_args(Split):
-    raise ValueError(f"meta_loss: must be one of {', '.join(get_args(Split))}, not {meta_loss!r}")
+  checks.one_of("meta_loss", meta_loss, get_args(Split))
   if loss_cap is not None and math.isnan(loss_cap):
     raise ValueError("loss_cap: must be a number")
   if log_floor is not None:

@@ -165,7 +165,7 @@ def test_bad_horizons_are_refused(minimum, maximum):
 
 def test_bad_meta_loss_is_refused():
   unchecked = inspect.unwrap(inner_training.build)  # without the tests' own type check, as users call it
-  with pytest.raises(ValueError, match="meta_loss: must be one of train, validation, not 'test'"):
+  with pytest.raises(ValueError, match="meta_loss='test': must be one of train, validation"):
     unchecked(family(), sgd(), horizon=lambda key: jnp.int32(7), meta_loss="test")
 
 

@@ -1,5 +1,6 @@
 """Meta-training in two processes on this machine, as a user starts them on two machines."""
 
+import contextlib
 import re
 import signal
 import socket
@@ -25,11 +26,16 @@ CHANGES = {
 
 @pytest.fixture
 def start(environment, meta_train):
-  def run(workdir, *flags, **changes):
-    command = meta_train(workdir, *flags, **{**CHANGES, **changes})
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  with contextlib.ExitStack() as stack:
 
-  return run
+    def run(workdir, *flags, **changes):
+      command = meta_train(workdir, *flags, **{**CHANGES, **changes})
+      pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+      process = stack.enter_context(subprocess.Popen(command, env=environment, text=True, **pipes))
+      stack.callback(process.kill)  # before its context waits for it
+      return process
+
+    yield run
 
 
 @pytest.fixture
