@@ -64,6 +64,8 @@ def main(argv: list[str]) -> None:
     raise configuration.ConfigError(f"--{error}") from error
   optimizers = {name: trained.load(path, modules=MODULES.value) for name, path in zip(names, paths, strict=True)}
   folder = Path(OUTPUT.value) if OUTPUT.value else trained.folder_of(paths[0]) / "evaluation"
+  if (folder / "checkpoints").exists():
+    raise configuration.ConfigError(f"--output: {folder} is a work directory, whose metrics.jsonl it would replace")
   lock.check(folder)
   # All are built before the first runs, so that a missing data set is known at once.
   members = tasks(optimizers[names[0]])

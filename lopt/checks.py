@@ -24,3 +24,9 @@ def one_of(name: str, value: object, known: Collection[str]) -> None:
 def some_of(name: str, chosen: Collection[str], known: Collection[str]) -> None:
   """Raises ValueError that lists what is known, unless there is a choice and all of it is known."""
   require(len(chosen) > 0 and set(chosen) <= set(known), name, chosen, f"one or more of {', '.join(known)}")
+
+
+def printable(text: str) -> str:
+  """The text as one line to print that may quote a stranger's file: nothing that acts on a terminal, no megabytes."""
+  line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+  return line if len(line) <= 600 else f"{line[:600]}..."

@@ -27,7 +27,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from lopt import signatures
+from lopt import checks, signatures
 from lopt.signatures import ConfigError, call, defaults
 
 __all__ = ["ConfigError", "call", "defaults"]  # and what follows
@@ -251,7 +251,7 @@ def difference(a: Any, b: Any) -> list[str]:
   """
   there, here = dict(_leaves(plain(a))), dict(_leaves(plain(b)))
   return [
-    f"{name}: {there.get(name, 'absent')!s} (there) != {here.get(name, 'absent')!s} (here)"
+    checks.printable(f"{name}: {there.get(name, 'absent')!s} (there) != {here.get(name, 'absent')!s} (here)")
     for name in {**there, **here}
     if there.get(name, "absent") != here.get(name, "absent")
   ]

@@ -117,7 +117,7 @@ def claim(workdir: Path, config: Section) -> None:
     return
   try:
     there = json.loads(path.read_text("utf-8"))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise configuration.ConfigError(f"{path}: not JSON ({error}); use another workdir") from error
   if different := configuration.difference(there, config):
     more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""

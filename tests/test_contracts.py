@@ -1,6 +1,7 @@
 """Every architecture on every task family, found by their files: what each must do to be usable with all others."""
 
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -148,3 +149,24 @@ def test_architectures(optimizer):
   mapped = jax.jit(jax.vmap(two_steps, in_axes=(0, 0, None)))(stack(theta), stack(PARAMS), jnp.int32(100))
   for one, two in zip(jax.tree.leaves(updates), jax.tree.leaves(mapped), strict=True):
     np.testing.assert_allclose(two, np.stack([one, one]), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", ARCHITECTURES)
+def test_architectures_compute_in_float32_where_jax_has_float64(optimizer):
+  """With `jax_enable_x64`: the same θ, states and updates, and no array of float64 on the way."""
+  learned = architecture(optimizer)
+  like = jax.eval_shape(learned.init, jax.random.key(0))
+  params = jax.tree.map(lambda x: x.astype(jnp.float32), PARAMS)  # whatever Python numbers they were made of
+  with jax.enable_x64(True):
+    assert jax.eval_shape(learned.init, jax.random.key(0)) == like
+
+    def update(theta, params, loss):
+      tx = learned.transform(theta, 100)
+      return tx.update(params, tx.init(params), params, value=loss), tx.init(params)
+
+    program, results = jax.make_jaxpr(update, return_shape=True)(like, params, jnp.float64(1.0))
+    (updates, state), before = results
+    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert types(state) == types(before)
+    assert types(updates) == types(PARAMS)
+    assert not re.search(r":f64\[\d+", str(program))

@@ -267,6 +267,18 @@ def test_a_state_of_bfloat16_is_that_of_float32_rounded_between_steps(name):
     optimizer(num_steps=STEPS, state_dtype=jnp.float16)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_in_programs_of_float64(name):
+  """Where `jax_enable_x64` is set, parameters of either precision can be carried through a scan."""
+  with jax.enable_x64(True):
+    tx = lopt.load(name)(num_steps=STEPS)
+    for dtype in (jnp.float32, jnp.float64):
+      params = start(dtype=dtype)
+      carry = (params, tx.init(params))
+      (params, _), _ = jax.lax.scan(lambda carry, _: (step(tx, *carry), None), carry, length=3)
+      assert all(x.dtype == dtype and np.all(np.isfinite(x)) for x in params.values())
+
+
 @pytest.mark.slow_but_for("haiku_loop")
 @pytest.mark.parametrize("name", ["haiku_loop", "flax_loop"])
 def test_training_loops(name):

@@ -107,6 +107,8 @@ def test_a_trained_optimizer_is_evaluated_again(finished, environment, tmp_path)
   page = (tmp_path / "again" / "report.html").read_text("utf-8")
   assert "50 (2.5×)" in page  # beyond the horizon of 20
   assert sum("speed_up" in line for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()) == 1
+  result = run(evaluate(f"--optimizer={workdir}", f"--output={workdir}"), environment, tmp_path)
+  assert fails_with(result, f"--output: {workdir} is a work directory")
 
 
 @pytest.mark.slow

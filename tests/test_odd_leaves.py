@@ -103,5 +103,6 @@ def test_gradients_of_any_size_give_bounded_updates(name):
     return found
 
   limit = 10 * largest([1.0, 0.1, 1.0, 0.1])
-  for scales in ([1e30] * 3, [1e-40] * 3, [1.0, 1e30, 1.0, 1e-40], [1e-40, 1.0, 1e30]):
+  top = float(np.finfo(np.float32).max)
+  for scales in ([1e30] * 3, [top] * 3, [1e-40] * 3, [1.0, 1e30, 1.0, 1e-40], [1e-40, 1.0, top]):
     assert largest(scales) < limit

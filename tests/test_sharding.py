@@ -11,8 +11,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lopt import configuration
 from lopt.runs.trained import TrainedOptimizer
 
-NAMES = ("mlp", "lstm", "adafactor_mlp", "tensor_mlp")
-SIZES = {"mlp": {"hidden_sizes": (4,)}, "lstm": {"hidden_sizes": (3,)}, "adafactor_mlp": {"hidden_sizes": (3,)}}
+NAMES = ("mlp", "lstm", "adafactor_mlp", "tensor_mlp", "celo", "hierarchical_rnn", "neural_adam")
+SIZES = {
+  "mlp": {"hidden_sizes": (4,), "step_multiplier": 0.5},
+  "lstm": {"hidden_sizes": (3,), "step_multiplier": 0.5},
+  "adafactor_mlp": {"hidden_sizes": (3,), "step_multiplier": 0.5},
+  "neural_adam": {},
+}
 SHAPES = {"w": (8, 64), "kernel": (3, 3, 4, 16), "b": (64,)}
 SPECS = {
   "w": PartitionSpec("x", "y"),
@@ -23,7 +28,7 @@ AXES = {"explicit": AxisType.Explicit, "automatic": AxisType.Auto}
 
 
 def build(name, wrapped):
-  section = {"name": name, "step_multiplier": 0.5, **SIZES.get(name, {})}
+  section = {"name": name, **SIZES.get(name, {"step_multiplier": 0.5})}
   section |= {"direction": {"learning_rate": 0.02}} if wrapped else {}
   architecture = configuration.build("architectures", section, where="architecture")
   return TrainedOptimizer(architecture.init(jax.random.key(0)), architecture, {})(num_steps=10)
@@ -70,7 +75,7 @@ def test_spread_parameters(name, wrapped, axes):
   tx = build(name, wrapped)
   mesh = jax.make_mesh((2, 4), ("x", "y"), (AXES[axes],) * 2)
   params, state = arrays(0), tx.init(jax.tree.map(jnp.asarray, arrays(0)))
-  update = jax.jit(tx.update)
+  update = jax.jit(lambda gradients, state, params: tx.update(gradients, state, params, value=1.0))
   divided = spread(params, mesh)
   divided_state = tx.init(divided)
   assert_laid_out_as_parameters(divided_state)

@@ -150,13 +150,13 @@ def build(
   net = hk.without_apply_rng(hk.transform(layers))
 
   def init(key: base.PRNGKey) -> base.Theta:
-    offsets = {"momentum_decays": jnp.zeros(k), "rms_decays": jnp.zeros(1), "adafactor_decays": jnp.zeros(k)}
-    return {**offsets, "nn": net.init(key)}
+    sizes = {"momentum_decays": k, "rms_decays": 1, "adafactor_decays": k}
+    return {**{name: jnp.zeros(size, jnp.float32) for name, size in sizes.items()}, "nn": net.init(key)}
 
   def transform(theta: base.Theta, num_steps: Any) -> optax.GradientTransformationExtraArgs:
     del num_steps
     # Gains are 1 - β, computed as such: in float32, 1 - 0.999 is wrong in the fifth digit.
-    initial_gains = jnp.array([1 - beta for beta in decays])
+    initial_gains = jnp.array([1 - beta for beta in decays], jnp.float32)
     momentum_gains = initial_gains * jnp.exp(10 * theta["momentum_decays"])
     second_gain = jnp.minimum((1 - second_moment_decay) * jnp.exp(10 * theta["rms_decays"][0]), 1.0)
     factored_gains = jnp.minimum(initial_gains * jnp.exp(10 * theta["adafactor_decays"]), 1.0)

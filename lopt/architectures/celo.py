@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
-from lopt.architectures import layers, summaries
+from lopt.architectures import layers, sharding, summaries
 
 FACTORED_DECAYS = (0.9, 0.99, 0.999)
 NUM_FEATURES = 29  # of a parameter
@@ -92,12 +92,12 @@ def build(
   num_inputs = len(summaries.PROGRESS) + summaries.NUM_LOSS_FEATURES
   num_inputs += summaries.NUM_TENSOR_FEATURES if tensor_features else 0
 
-  def rule(features: tuple[Float[Array, "_ n"], ...]) -> Float[Array, " n"]:
+  def rule(features: tuple[Float[Array, "_ *n"], ...]) -> Float[Array, "*n"]:
     rms = jnp.concatenate([summaries.rms(x) for x in features])
     with hk.name_scope("rule"):
-      d, a = layers.mlp(features, rms, jnp.zeros(0), (*hidden_sizes, 2))
+      d, a = layers.mlp(features, rms, jnp.zeros(0, jnp.float32), (*hidden_sizes, 2))
     u = d * jnp.exp(exp_multiplier * a)
-    return u / summaries.rms(u[None]) if normalize else u
+    return u / summaries.rms(u[None])[0] if normalize else u
 
   def scheduler(
     inputs: Float[Array, "tensors inputs"], state: hk.LSTMState
@@ -110,13 +110,14 @@ def build(
   scheduler_net = hk.without_apply_rng(hk.transform(scheduler))
 
   def initial_lstm(num_tensors: int) -> hk.LSTMState:
-    return hk.LSTMState(jnp.zeros((num_tensors, lstm_size)), jnp.zeros((num_tensors, lstm_size)))
+    shape = (num_tensors, lstm_size)
+    return hk.LSTMState(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
 
   def init(key: base.PRNGKey) -> base.Theta:
     rule_key, scheduler_key = jax.random.split(key)
     return {
       **rule_net.init(rule_key, (jnp.ones((NUM_FEATURES, 1)),)),
-      **scheduler_net.init(scheduler_key, jnp.zeros((1, num_inputs)), initial_lstm(1)),
+      **scheduler_net.init(scheduler_key, jnp.zeros((1, num_inputs), jnp.float32), initial_lstm(1)),
     }
 
   def transform(theta: base.Theta, num_steps: Any) -> optax.GradientTransformationExtraArgs:
@@ -125,7 +126,7 @@ def build(
       return CeloState(
         jnp.zeros((), jnp.int32),
         summaries.no_moments(params),
-        [tuple(jnp.zeros((3, *x.shape), x.dtype) for x in summaries.mean_squares(jnp.zeros_like(p))) for p in leaves],
+        [_no_squares(p) for p in leaves],
         summaries.no_losses(),
         initial_lstm(len(leaves)),
       )
@@ -140,7 +141,7 @@ def build(
       factored = [
         _accumulate(old, summaries.mean_squares(g)) for old, g in zip(state.factored, gradients, strict=True)
       ]
-      losses, of_loss = summaries.observe(state.losses, jnp.asarray(value), state.count)
+      losses, of_loss = summaries.observe(state.losses, jnp.asarray(value, jnp.float32), state.count)
       momenta, second = summaries.corrected(moments, state.count + 1)
       tensors = list(zip(jax.tree.leaves(params), gradients, momenta, second, strict=True))
 
@@ -151,7 +152,7 @@ def build(
       def update(p, g, m, v, factors, multiplier):
         features = _features(p, g, m, v, factors)
         scale = multiplier * (step_multiplier * summaries.parameter_scale(p, parameter_floor))
-        return (-scale * rule_net.apply(theta, features)).reshape(p.shape)
+        return -scale * rule_net.apply(theta, features)
 
       steps = [update(*tensor, factored[i], multipliers[i]) for i, tensor in enumerate(tensors)]
       return structure.unflatten(steps), CeloState(state.count + 1, moments, factored, losses, lstm)
@@ -159,6 +160,12 @@ def build(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
   return base.LearnedOptimizer(init, transform)
+
+
+def _no_squares(p: Array) -> tuple[Array, ...]:
+  """The averages of `summaries.mean_squares` before the first gradient, for each of the decays."""
+  axes = summaries.factored_axes(p.shape) or (None,)
+  return tuple(sharding.zeros_like(p, len(FACTORED_DECAYS), averaged=axis) for axis in axes)
 
 
 def _accumulate(averages: tuple[Array, ...], squares: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -169,7 +176,7 @@ def _accumulate(averages: tuple[Array, ...], squares: tuple[Array, ...]) -> tupl
 
 
 def _features(p: Array, g: Array, m: Array, v: Array, factored: tuple[Array, ...]) -> tuple[Array, ...]:
-  """What a parameter's MLP sees, 29 rows in all, each array [rows, n]."""
+  """What a parameter's MLP sees, 29 rows in all, each array [rows, *shape]."""
   root = summaries.root(v[None])
   sides = [summaries.root(x) for x in factored]
   if p.ndim < 2:
@@ -182,4 +189,4 @@ def _features(p: Array, g: Array, m: Array, v: Array, factored: tuple[Array, ...
   g, p = g[None], p[None]
   rows = [g, p, m, root, m / root, 1 / root, g / root, g * ratio, m * ratio]
   rows += [jnp.broadcast_to(x, m.shape) for side in sides for x in (side, 1 / side)]
-  return tuple(x.reshape(len(x), -1) for x in rows)
+  return tuple(rows)

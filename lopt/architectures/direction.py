@@ -168,7 +168,7 @@ def _unbiased(mean_rms: base.PyTree, count: Int[Array, ""]) -> base.PyTree:
 def _rms(x: Array) -> base.Scalar:
   """√(mean x²), also where squares overflow or vanish; 0 of an empty tensor."""
   if x.size == 0:
-    return jnp.zeros(())
+    return jnp.float32(0)
   peak = jnp.max(jnp.abs(x))
   scale = jnp.where(peak == 0, 1.0, peak)
   return peak * jnp.sqrt(jnp.where(peak == 0, 1.0, jnp.mean(jnp.square(x / scale))))

@@ -91,7 +91,7 @@ def build(
     outputs = hk.Linear(context_size + 1, w_init=jnp.zeros, name="controls")(hidden)
     return outputs[:, :-1], outputs[:, -1], state
 
-  def direction(features: tuple[Float[Array, "_ n"], ...], context: Float[Array, " context"]) -> Float[Array, " n"]:
+  def direction(features: tuple[Float[Array, "_ *n"], ...], context: Float[Array, " context"]) -> Float[Array, "*n"]:
     rms = jnp.concatenate([summaries.rms(x) for x in features])
     d, a = layers.mlp(features, rms, context, (*hidden_sizes, 2))
     return d * jnp.exp(exp_multiplier * a)
@@ -100,12 +100,13 @@ def build(
   network = hk.without_apply_rng(hk.transform(direction))
 
   def initial_lstm(num_tensors: int) -> hk.LSTMState:
-    return hk.LSTMState(jnp.zeros((num_tensors, lstm_size)), jnp.zeros((num_tensors, lstm_size)))
+    shape = (num_tensors, lstm_size)
+    return hk.LSTMState(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
 
   def init(key: base.PRNGKey) -> base.Theta:
     controller_key, network_key = jax.random.split(key)
     return {
-      **controller.init(controller_key, jnp.zeros((1, NUM_INPUTS)), initial_lstm(1)),
+      **controller.init(controller_key, jnp.zeros((1, NUM_INPUTS), jnp.float32), initial_lstm(1)),
       **network.init(network_key, (jnp.ones((NUM_FEATURES, 1)),), jnp.zeros(context_size)),
     }
 
@@ -128,7 +129,7 @@ def build(
       gradients, structure = jax.tree.flatten(updates)
       parameters = jax.tree.leaves(params)
       moments = summaries.accumulate(state.moments, updates)
-      losses, of_loss = summaries.observe(state.losses, jnp.asarray(value), state.count)
+      losses, of_loss = summaries.observe(state.losses, jnp.asarray(value, jnp.float32), state.count)
       of_run = jnp.concatenate([summaries.progress(state.count, num_steps), of_loss])
       momenta, second = summaries.corrected(moments, state.count + 1)
       tensors = list(zip(parameters, gradients, momenta, second, strict=True))
@@ -139,7 +140,7 @@ def build(
       def update(p, g, m, v, context, log_step):
         features = _features(p, g, m, v)
         scale = step_multiplier * jnp.exp(log_step) * summaries.parameter_scale(p, parameter_floor)
-        return (-scale * network.apply(theta, features, context)).reshape(p.shape)
+        return -scale * network.apply(theta, features, context)
 
       steps = [update(*tensor, contexts[i], log_steps[i]) for i, tensor in enumerate(tensors)]
       return structure.unflatten(steps), HierarchicalState(state.count + 1, moments, losses, lstm)
@@ -150,7 +151,7 @@ def build(
 
 
 def _features(p: Array, g: Array, m: Array, v: Array) -> tuple[Array, ...]:
-  """What a parameter's MLP sees, ten rows in all, each array [rows, n]."""
+  """What a parameter's MLP sees, ten rows in all, each array [rows, *shape]."""
   root = summaries.root(v[None])
   g, p = g[None], p[None]
-  return tuple(x.reshape(len(x), -1) for x in (p, root, g, m, g / root, m / root))
+  return p, root, g, m, g / root, m / root

@@ -43,8 +43,10 @@ class LSTM(hk.Module):
     self, inputs: Float[Array, "features *n"], state: hk.LSTMState
   ) -> tuple[Float[Array, "units *n"], hk.LSTMState]:
     w, b = layers.LinearWeights("linear")(len(inputs) + self.units, 4 * self.units)
-    halves = jnp.repeat(jnp.array([0.5, 1.0, 0.5, 0.5]), self.units)
-    bias = halves * (b + jnp.repeat(jnp.array([0.0, 0.0, 1.0, 0.0]), self.units))  # of 1: remember at first
+    halves = jnp.repeat(jnp.array([0.5, 1.0, 0.5, 0.5], jnp.float32), self.units)
+    bias = halves * (
+      b + jnp.repeat(jnp.array([0.0, 0.0, 1.0, 0.0], jnp.float32), self.units)
+    )  # of 1: remember at first
     gates = layers.product(w * halves[None], jnp.concatenate([inputs, state.hidden]))
     gates = jnp.tanh(gates + bias.reshape(-1, *[1] * (gates.ndim - 1)))
     i, g, f, o = jnp.split(gates, 4)

@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
+from lopt.architectures import sharding
 
 # Controls are (log α, log(1 - β₁), log(1 - β₂), log ε) / 10; these are what they are clipped to.
 BOUNDS = (
@@ -55,8 +56,8 @@ def _features(p: Array, g: Array, m: Array, v: Array, controls: Float[Array, " 4
       log_gain1,
       log_gain2,
       log_epsilon,
-      jnp.array(1.0 if p.ndim == 1 else -1.0),
-      jnp.array(1.0 if p.ndim == 0 else -1.0),
+      jnp.float32(1 if p.ndim == 1 else -1),
+      jnp.float32(1 if p.ndim == 0 else -1),
       log_alpha,
       _magnitude(mean["g"]),
       jnp.sign(mean["g"]),
@@ -122,8 +123,8 @@ def build(
   net = hk.without_apply_rng(hk.transform(network))
 
   def init(key: base.PRNGKey) -> base.Theta:
-    zeros = jnp.zeros(hidden_size)
-    params = net.init(key, jnp.zeros((1, NUM_FEATURES)), hk.LSTMState(zeros[None], zeros[None]))
+    zeros = jnp.zeros(hidden_size, jnp.float32)
+    params = net.init(key, jnp.zeros((1, NUM_FEATURES), jnp.float32), hk.LSTMState(zeros[None], zeros[None]))
     return {"network": params, "hidden": zeros, "cell": zeros, "controls": jnp.array(logs, jnp.float32)}
 
   def transform(theta: base.Theta, num_steps: Any) -> optax.GradientTransformationExtraArgs:
@@ -132,9 +133,9 @@ def build(
     def init_fn(params):
       n = len(jax.tree.leaves(params))
       # Not one array twice: such a state could not be donated.
-      m, v = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
-      hidden, cell = (jnp.zeros((n, hidden_size)) for _ in range(2))
-      return NeuralAdamState(jnp.zeros((), jnp.int32), m, v, hidden, cell, jnp.zeros((n, 4)))
+      m, v = (jax.tree.map(sharding.zeros_like, params) for _ in range(2))
+      hidden, cell = (jnp.zeros((n, hidden_size), jnp.float32) for _ in range(2))
+      return NeuralAdamState(jnp.zeros((), jnp.int32), m, v, hidden, cell, jnp.zeros((n, 4), jnp.float32))
 
     def update_fn(updates, state, params=None, **extra_args):
       del extra_args

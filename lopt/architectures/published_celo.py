@@ -131,7 +131,7 @@ def build(
   scheduler = hk.without_apply_rng(hk.transform(schedule))
   rule = hk.without_apply_rng(
     hk.transform(
-      lambda features, rms: layers.mlp(features, rms, jnp.zeros(0), sizes)
+      lambda features, rms: layers.mlp(features, rms, jnp.zeros(0, jnp.float32), sizes)
     )  # its weights as `_rule` has them
   )
 
@@ -142,14 +142,17 @@ def build(
     shapes |= {f"w{i}": fans[i : i + 2] for i in range(1, len(sizes))}
     scale = {name: 1 / math.sqrt(fans[0] if name.startswith("w0") else shape[0]) for name, shape in shapes.items()}
     rules = {
-      name: scale[name] * jax.random.truncated_normal(next(keys), -2, 2, (num_rules, *shape))
+      name: scale[name] * jax.random.truncated_normal(next(keys), -2, 2, (num_rules, *shape), jnp.float32)
       for name, shape in shapes.items()
     }
-    rules |= {f"b{i}": jnp.zeros((num_rules, size)) for i, size in enumerate(sizes)}
+    rules |= {f"b{i}": jnp.zeros((num_rules, size), jnp.float32) for i, size in enumerate(sizes)}
     return {
       "ff_mod_stack": {"~": rules},
-      "lstm_init_state": {"hidden": jnp.zeros((1, lstm_size)), "cell": jnp.zeros((1, lstm_size))},
-      "rnn_params": scheduler.init(next(keys), jnp.zeros((1, NUM_INPUTS)), _no_state(lstm_size)),
+      "lstm_init_state": {
+        "hidden": jnp.zeros((1, lstm_size), jnp.float32),
+        "cell": jnp.zeros((1, lstm_size), jnp.float32),
+      },
+      "rnn_params": scheduler.init(next(keys), jnp.zeros((1, NUM_INPUTS), jnp.float32), _no_state(lstm_size)),
     }
 
   def transform(theta: base.Theta, num_steps: Any) -> optax.GradientTransformationExtraArgs:
@@ -210,7 +213,7 @@ def build(
 
 
 def _no_state(size: int) -> hk.LSTMState:
-  return hk.LSTMState(jnp.zeros((1, size)), jnp.zeros((1, size)))
+  return hk.LSTMState(jnp.zeros((1, size), jnp.float32), jnp.zeros((1, size), jnp.float32))
 
 
 def _no_losses(num_steps: Any) -> LossBuffer:
@@ -218,9 +221,9 @@ def _no_losses(num_steps: Any) -> LossBuffer:
 
   Its half-lives (of which each is really the time to fall to 1/e) go from 10 steps to `num_steps` in equal ratios.
   """
-  lives = jnp.logspace(1, jnp.log10(jnp.asarray(num_steps, jnp.float32)), NUM_LOSS_DECAYS)
-  minima = jnp.full(NUM_LOSS_DECAYS, NO_MINIMUM)
-  return LossBuffer(jnp.exp(-1 / lives), jnp.zeros(NUM_LOSS_DECAYS), minima)
+  lives = jnp.logspace(1, jnp.log10(jnp.asarray(num_steps, jnp.float32)), NUM_LOSS_DECAYS, dtype=jnp.float32)
+  minima = jnp.full(NUM_LOSS_DECAYS, NO_MINIMUM, jnp.float32)
+  return LossBuffer(jnp.exp(-1 / lives), jnp.zeros(NUM_LOSS_DECAYS, jnp.float32), minima)
 
 
 def _observe(buffer: LossBuffer, loss: base.Scalar, count: Int[Array, ""]) -> tuple[LossBuffer, Float[Array, "9"]]:

@@ -117,7 +117,7 @@ def learned(optimizer: base.LearnedOptimizer, hidden_size: int) -> base.LearnedO
     tx = optimizer.transform(theta["optimizer"], num_steps)
 
     def init_fn(params):
-      zeros = jnp.zeros(len(jax.tree.leaves(params)))
+      zeros = jnp.zeros(len(jax.tree.leaves(params)), jnp.float32)
       return LearnedState(tx.init(params), jnp.zeros((), jnp.int32), summaries.no_losses(), zeros, zeros)
 
     def update_fn(updates, state, params=None, *, value=None, **extra_args):
@@ -130,7 +130,7 @@ def learned(optimizer: base.LearnedOptimizer, hidden_size: int) -> base.LearnedO
       alignment = -gu / jnp.sqrt(gg * uu + summaries.EPSILON**2)
       square_norms = DECAY * state.square_norms + (1 - DECAY) * gg
       alignments = DECAY * state.alignments + (1 - DECAY) * alignment
-      losses, of_loss = summaries.observe(state.losses, jnp.asarray(value), state.count)
+      losses, of_loss = summaries.observe(state.losses, jnp.asarray(value, jnp.float32), state.count)
       # Averages from zero, and what corrects them for their beginning.
       loss_weights = summaries.total_weights(summaries.LOSS_DECAYS, state.count + 1)
       (weight,) = summaries.total_weights((DECAY,), state.count + 1)
@@ -145,7 +145,7 @@ def learned(optimizer: base.LearnedOptimizer, hidden_size: int) -> base.LearnedO
         alignments / weight,
         log10_root(gg) - log10_root(square_norms / weight),
         log10_root(pp / sizes) / 2,
-        jnp.array([min(x.ndim, 2) / 4 for x in p]),
+        jnp.array([min(x.ndim, 2) / 4 for x in p], jnp.float32),
         jnp.asarray(np.log(np.minimum(sizes, LARGEST)) / 10, jnp.float32),
       ]
       log_horizon = jnp.log10(jnp.asarray(num_steps, jnp.float32) / 1_000)

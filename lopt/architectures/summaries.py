@@ -78,7 +78,7 @@ def corrected(moments: Moments, count: Int[Array, ""]) -> tuple[list[Array], lis
 
 def no_losses() -> LossHistory:
   """The history before the first inner step."""
-  return LossHistory(jnp.zeros(len(LOSS_DECAYS)), jnp.zeros(()))
+  return LossHistory(jnp.zeros(len(LOSS_DECAYS), jnp.float32), jnp.zeros((), jnp.float32))
 
 
 def observe(history: LossHistory, loss: base.Scalar, count: Int[Array, ""]) -> tuple[LossHistory, Float[Array, "4"]]:
@@ -89,8 +89,8 @@ def observe(history: LossHistory, loss: base.Scalar, count: Int[Array, ""]) -> t
   difference of logarithms; unlike these it takes losses of any sign. All are 0 in the first step.
   """
   first = jnp.where(count == 0, loss, history.first)
-  decays = jnp.array(LOSS_DECAYS)
-  gains = jnp.array([1 - beta for beta in LOSS_DECAYS])
+  decays = jnp.array(LOSS_DECAYS, jnp.float32)
+  gains = jnp.array([1 - beta for beta in LOSS_DECAYS], jnp.float32)
   means = decays * history.means + gains * loss
   fast, middle, slow = means / total_weights(LOSS_DECAYS, count + 1)
   features = jnp.stack(
@@ -101,12 +101,12 @@ def observe(history: LossHistory, loss: base.Scalar, count: Int[Array, ""]) -> t
 
 def progress(count: Int[Array, ""], num_steps: Any) -> Float[Array, "9"]:
   """tanh(10 (t/T - x)) at nine positions x, of which most change little at any one time (Metz et al. 2022, VeLO)."""
-  return jnp.tanh(10 * (count / num_steps - jnp.array(PROGRESS, jnp.float32)))
+  return jnp.tanh(10 * (jnp.float32(count) / num_steps - jnp.array(PROGRESS, jnp.float32)))
 
 
-def rms(x: Float[Array, "rows n"]) -> Float[Array, " rows"]:
+def rms(x: Float[Array, "rows *shape"]) -> Float[Array, " rows"]:
   """√(mean x² + ε) of each row."""
-  return jnp.sqrt(jnp.mean(jnp.square(x), axis=1) + EPSILON)
+  return jnp.sqrt(_mean_squares(x) + EPSILON)
 
 
 def root(x: Float[Array, "rows *shape"]) -> Float[Array, "rows *shape"]:
@@ -157,16 +157,21 @@ def of_tensor(
     second: v, bias-corrected.
   """
   scale = log10_root(jnp.mean(second))
-  rows = jnp.concatenate([gradient[None], momenta]).reshape(4, -1)
   spread = log10_root(jnp.square(jnp.mean(jnp.sqrt(second + EPSILON))))
   logs = jnp.stack([log10_root(jnp.mean(jnp.square(parameter))), spread - scale])
-  ratios = log10_root(jnp.mean(jnp.square(rows), axis=1)) - scale
-  return jnp.concatenate([jnp.array([parameter.ndim / 4, math.log(parameter.size) / 10]), logs / 2, ratios / 2])
+  ratios = log10_root(jnp.concatenate([_mean_squares(gradient[None]), _mean_squares(momenta)])) - scale
+  return jnp.concatenate(
+    [jnp.array([parameter.ndim / 4, math.log(parameter.size) / 10], jnp.float32), logs / 2, ratios / 2]
+  )
 
 
 def log10_root(square: Array, epsilon: float = EPSILON) -> Array:
   """log₁₀ √(x + ε)."""
   return 0.5 * jnp.log10(square + epsilon)
+
+
+def _mean_squares(x: Float[Array, "rows *shape"]) -> Float[Array, " rows"]:
+  return jnp.mean(jnp.square(x), axis=range(1, x.ndim))
 
 
 def _contrast(a: base.Scalar, b: base.Scalar) -> base.Scalar:

@@ -86,8 +86,8 @@ def build(
 
   def transform(theta: base.Theta, num_steps: Any) -> optax.GradientTransformationExtraArgs:
     del num_steps
-    decays = jnp.array(MOMENTUM_DECAYS)
-    gains = jnp.array([1 - beta for beta in MOMENTUM_DECAYS])
+    decays = jnp.array(MOMENTUM_DECAYS, jnp.float32)
+    gains = jnp.array([1 - beta for beta in MOMENTUM_DECAYS], jnp.float32)
 
     def init_fn(params):
       return TensorMLPState(
@@ -125,7 +125,7 @@ def build(
       slow = jnp.stack(jax.tree.leaves(mean_square))[None] / slow_weight
       agreement = 0.5 * jnp.log((of_momenta / jnp.square(weights)[:, None] + TINY) / (slow + TINY))
       alignment = dots * jax.lax.rsqrt(of_gradient * of_momenta + TINY)
-      axes = jnp.array([[min(g.ndim, 2) / 2 for g, *_ in tensors]])
+      axes = jnp.array([[min(g.ndim, 2) / 2 for g, *_ in tensors]], jnp.float32)
       time = jnp.tanh(state.count / jnp.array(time_scales, jnp.float32) - 1.0)
       inputs = jnp.concatenate([agreement, alignment, axes, jnp.tile(time[:, None], len(tensors))])
       scaled = -step_multiplier * net.apply(theta, inputs) * jax.lax.rsqrt(squares + TINY)

@@ -1,5 +1,6 @@
 """Trained optimizers in use: Optax transformations for whatever parameters practitioners have."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,8 +12,9 @@ from jaxtyping import Array
 from lopt.architectures import sharding
 from lopt.base import LearnedOptimizer, PyTree, Theta
 
-LARGEST_GRADIENT = 1e12
-"""Whose powers, sums and products in features are still finite in float32."""
+LARGEST_GRADIENT, LARGEST_OF_DIRECTIONS = 1e12, 1e36
+"""Beyond these a tensor's gradients are scaled down. Up to the first, powers and products in features are finite in
+float32; up to the second the averages of directions, which divide gradients by their scale."""
 
 
 class TrainedOptimizer(NamedTuple):
@@ -63,14 +65,18 @@ class TrainedOptimizer(NamedTuple):
       ValueError: `num_steps` is below 1; `state_dtype` is neither of the two; neither `num_steps` nor a learning rate
         is given; or an optimizer that decides on its steps by itself is given a learning rate or weight decay.
     """
-    if num_steps is not None and not isinstance(num_steps, jax.Array) and num_steps < 1:
-      raise ValueError(f"num_steps: {num_steps} is not a number of training steps; it must be at least 1")
+    if num_steps is not None and not isinstance(num_steps, jax.core.Tracer):
+      is_number = jnp.ndim(num_steps) == 0 and not isinstance(num_steps, (str, bool))
+      if not (is_number and 1 <= num_steps < math.inf):
+        raise ValueError(f"num_steps: {num_steps!r} is not a number of training steps; it must be at least 1")
     if self.learning_rate is None:
       if learning_rate is not None or weight_decay:
         raise ValueError(f"{'weight_decay' if learning_rate is None else 'learning_rate'}: {_NO_DIRECTION}")
       if num_steps is None:
         raise ValueError("num_steps: this optimizer needs the number of training steps: optimizer(num_steps=...)")
-      return wrap(self.architecture.transform, self.theta, num_steps, bounded=True, state_dtype=state_dtype)
+      return wrap(
+        self.architecture.transform, self.theta, num_steps, largest=LARGEST_GRADIENT, state_dtype=state_dtype
+      )
     if learning_rate is None:
       if num_steps is None:
         raise ValueError("num_steps: give it, for the recommended learning rates, or a learning_rate")
@@ -94,7 +100,9 @@ class TrainedOptimizer(NamedTuple):
     """
     if self.architecture.direction is None:
       raise ValueError(f"direction: {_NO_DIRECTION}")
-    return wrap(self.architecture.direction, self.theta, num_steps, bounded=False, state_dtype=state_dtype)
+    return wrap(
+      self.architecture.direction, self.theta, num_steps, largest=LARGEST_OF_DIRECTIONS, state_dtype=state_dtype
+    )
 
   def schedule(self, num_steps: Any) -> optax.Schedule:
     """The recommended learning rate at each of `num_steps` steps: warm-up, then a cosine to zero."""
@@ -114,7 +122,7 @@ def wrap(
   theta: Theta,
   num_steps: Any,
   *,
-  bounded: bool,
+  largest: float,
   state_dtype: Any = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
   """`build(theta, num_steps)` for parameters of any floating-point precision, size and layout.
@@ -126,8 +134,7 @@ def wrap(
     build: What an architecture has as `transform` or `direction`.
     theta: The meta-parameters.
     num_steps: Length of the run.
-    bounded: Whether gradients of a tensor with any beyond `LARGEST_GRADIENT` are scaled down to it: for architectures
-      that do not divide them by their scale themselves.
+    largest: What gradients of a tensor with any beyond it are scaled down to.
     state_dtype: Of the state's arrays between steps.
 
   Raises:
@@ -141,8 +148,7 @@ def wrap(
     return _in_precision(build(theta, num_steps).init(_prepared(params, "parameters")), jnp.float32, stored)
 
   def compute(theta, num_steps, updates, state, params, extra_args):
-    if bounded:
-      updates = jax.tree.map(_bounded, updates)
+    updates = jax.tree.map(lambda g: _bounded(g, largest), updates)
     return build(theta, num_steps).update(updates, state, params, **extra_args)
 
   def update(
@@ -197,6 +203,6 @@ def _in_precision(state: PyTree, of: Any, to: Any) -> PyTree:
   return jax.tree.map(lambda x: x.astype(to) if x.ndim and x.dtype == of else x, state)
 
 
-def _bounded(gradient: Array) -> Array:
+def _bounded(gradient: Array, largest: float) -> Array:
   peak = jnp.max(jnp.abs(gradient))
-  return gradient * jnp.where(peak > LARGEST_GRADIENT, LARGEST_GRADIENT / peak, 1.0)
+  return gradient * jnp.where(peak > largest, largest / peak, 1.0)

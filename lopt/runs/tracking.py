@@ -12,6 +12,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,9 @@ from lopt.signatures import ConfigError
 
 METRICS = "metrics.jsonl"
 MODES = ("auto", "online", "offline", "disabled")
+
+TELLABLE = 2e-3
+"""What the mean loss on a few tasks has to fall by, relatively, for an optimizer to be called better."""
 
 _INIT_TIMEOUT = 20  # seconds to reach the W&B server at the start of a run
 _FINISH_TIMEOUT = 60  # seconds to upload what is left at its end
@@ -144,7 +148,7 @@ def gain(records: Sequence[Mapping[str, Any]]) -> str:
   text = (
     f"On the evaluation tasks the mean training loss was {first:.4g} before meta-training and is {last:.4g} after"
   )
-  if not last < first:
+  if not last < (1 - TELLABLE) * first:
     text += ": the trained optimizer is NO BETTER than the one it started from"
   if dead:
     text += f"; the last {dead} outer steps had nothing to learn from"
@@ -152,13 +156,15 @@ def gain(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _records_until(path: Path, step: int) -> str:
-  """The lines of a metrics.jsonl up to a step, without one that was cut off."""
+  """The lines of a metrics.jsonl up to a step, without one that was cut off or is not such a record."""
   kept = []
   for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.exists() else ():
     try:
-      if line.endswith("\n") and json.loads(line)["step"] <= step:
+      record = json.loads(line)
+      numbers = all(value is None or isinstance(value, (int, float)) for value in record.values())
+      if line.endswith("\n") and numbers and record["step"] <= step:
         kept.append(line)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
       continue
   return "".join(kept)
 
@@ -174,9 +180,10 @@ def _start_wandb(workdir: Path, config: Mapping[str, Any], mode: str, *, resumed
         _warn("no credentials (run `wandb login`, or set WANDB_API_KEY): recording offline")
       mode = "offline"
     identity = workdir / "wandb_run_id"
-    if not (resumed and identity.exists()):
-      write_atomically(identity, secrets.token_hex(4))
-    run_id = identity.read_text("utf-8").strip()
+    run_id = identity.read_text("utf-8").strip() if resumed and identity.exists() else ""
+    if not re.fullmatch(r"[\w-]{1,64}", run_id, re.ASCII):  # a file that may be a stranger's names folders below
+      run_id = secrets.token_hex(4)
+      write_atomically(identity, run_id)
     for older in workdir.glob(f"wandb/offline-run-*-{run_id}"):  # the new one repeats what it has
       (workdir / "wandb" / "superseded").mkdir(exist_ok=True)
       older.rename(workdir / "wandb" / "superseded" / older.name)

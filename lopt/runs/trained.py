@@ -29,7 +29,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lopt import configuration
+from lopt import checks, configuration
 from lopt.base import LearnedOptimizer, Theta
 from lopt.outer import meta_parameters
 from lopt.runs.drop_in import TrainedOptimizer
@@ -49,9 +49,7 @@ class LoadError(Exception):
 
 
 def _refusal(path: str | Path, problem: str) -> LoadError:
-  # It may quote the file: nothing that acts on a terminal, no megabytes.
-  line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(problem.split()))
-  return LoadError(f"{path}: {line if len(line) <= 600 else f'{line[:600]}...'}")
+  return LoadError(f"{path}: {checks.printable(problem)}")
 
 
 def export(
@@ -220,7 +218,7 @@ def _check_size(section: Any) -> None:
       raise ValueError(f"it has more than {_MAX_OPTIONS} options")
     if isinstance(value, (dict, list)):
       todo += value.values() if isinstance(value, dict) else value
-    elif isinstance(value, float) and math.isnan(value):
-      raise ValueError("an option is NaN")
+    elif isinstance(value, float) and not math.isfinite(value):
+      raise ValueError("an option is NaN or infinite")
     elif isinstance(value, int) and abs(value) >= 2**31:
       raise ValueError("an option is an integer of more than 31 bits")

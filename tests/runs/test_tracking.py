@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -179,6 +180,26 @@ def test_a_failure_of_wandb_does_not_end_the_run(tmp_path, monkeypatch, capfd):
   ]
 
 
+def test_a_strangers_run_id_names_no_folder(tmp_path):
+  workdir, outside = tmp_path / "run", tmp_path / "outside"
+  outside.mkdir()
+  (workdir / "wandb" / "offline-run-1-x").mkdir(parents=True)
+  for stranger in ("x/../../../outside", "*", ""):
+    (workdir / "wandb_run_id").write_text(stranger)
+    tracking.start(workdir, {}, wandb_mode="offline", resume_step=0).finish()
+    assert outside.exists()
+    assert re.fullmatch("[0-9a-f]{8}", (workdir / "wandb_run_id").read_text())
+
+
+@pytest.mark.parametrize("stranger", ["[" * 100_000, '{"step": 1, "meta_loss": "zz"}', "[1]", '{"step": "1"}'])
+def test_lines_that_are_no_records_are_dropped(tmp_path, stranger):
+  (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0, "x": 1.0}}\n{stranger}\n{{"step": 2, "x": null}}\n')
+  tracker = tracking.start(tmp_path, {}, wandb_mode="disabled", resume_step=2)
+  tracker.log(3, {"x": 2.0})
+  tracker.finish()
+  assert [record["step"] for record in records(tmp_path)] == [0, 2, 3]
+
+
 def test_what_was_gained_is_said_in_words():
   def records(*losses, dead=0.0):
     evaluations = [{"step": 10 * i, "evaluation/mean_loss": loss} for i, loss in enumerate(losses)]
@@ -187,6 +208,7 @@ def test_what_was_gained_is_said_in_words():
   text = "On the evaluation tasks the mean training loss was 0.9 before meta-training and is 0.5 after"
   assert tracking.gain(records(0.9, 2.0, 0.5)) == f"{text}."
   assert tracking.gain(records(0.5, 0.5)).endswith("is NO BETTER than the one it started from.")
+  assert "is NO BETTER" in tracking.gain(records(2.443, 2.44))
   assert "is inf after: the trained optimizer is NO BETTER" in tracking.gain(records(0.5, None))
   assert tracking.gain(records(0.9, 0.5, dead=7.0)) == f"{text}; the last 7 outer steps had nothing to learn from."
   assert tracking.gain([]) == ""
