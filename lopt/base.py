@@ -71,6 +71,8 @@ class LearnedOptimizer(NamedTuple):
   these."""
   learning_rate: float | None = None
   """The largest of these: what recommended rates are stated by."""
+  origin: str | None = None
+  """The section of a configuration that builds the same, as JSON; None where no section does."""
 
 
 class UnrolledProblem(NamedTuple):

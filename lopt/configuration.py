@@ -42,6 +42,13 @@ are options of."""
 MIXTURE = "mixture"
 """The name of a task section that has several families."""
 
+OWN = "passed.in.Python"
+"""The name in a section where a program has handed over an object that no configuration names."""
+_REMEDIES = {
+  "architectures": "pass it again: lopt.load(path, architecture=...)",
+  "tasks": "say on which tasks: --suite or --config, or in Python lopt.evaluate(optimizers, family)",
+}
+
 _CONTRACTS = {"architectures": "LearnedOptimizer", "tasks": "TaskFamily", "outer": "GradientEstimator"}
 
 
@@ -58,6 +65,8 @@ def module(package: str, name: str, *, where: str, modules: Collection[str] | No
   Raises:
     ConfigError: there is no such module, it may not be imported, or it has no function `build`.
   """
+  if name == OWN:
+    raise ConfigError(f"{where}: was passed in Python, where no configuration names it; {_REMEDIES[package]}")
   if not all(part.isidentifier() for part in name.split(".")):
     raise ConfigError(f"{where}: {name!r} is not the name of a module; there are: {', '.join(choices(package))}")
   path = name if "." in name else f"lopt.{package}.{name}"

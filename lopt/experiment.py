@@ -1,7 +1,10 @@
 """An experiment: a configuration of meta-training with all that it names built and checked, ready to run."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeGuard
+
+import ml_collections
 
 from lopt import base, checks, configuration, inner_training
 from lopt.outer import final_loss, late_losses, meta_parameters, meta_training, mixture, parallel
@@ -13,15 +16,14 @@ Families = Mapping[str, tuple[base.TaskFamily, float]]
 """Task families by name, with their weights in the meta-objective."""
 
 # What the fields of a configuration are that nobody sets; `experiments/configs/digits.py` says what they mean.
-HORIZON = {"minimum": 50, "maximum": 200}
-ESTIMATOR = {"name": "pes", "num_pairs": 32, "sigma": 0.1, "noise_period": 200}
-OUTER_OPTIMIZER = {"learning_rate": 1e-2}
-PERIODIC_EVALUATION = {"every": 200, "num_tasks": 8, "num_seeds": 2, "num_steps": 200}
-EVALUATION = {"num_tasks": 16, "num_seeds": 3, "num_steps": 200}
-CHECKPOINT = {"every": 100, "keep": 3}
-
-OWN = "passed.in.Python"
-"""The name in a section where a program has handed over a function that no configuration names."""
+SECTIONS: dict[str, Section] = {
+  "horizon": {"minimum": 50, "maximum": 200},
+  "estimator": {"name": "pes", "num_pairs": 32, "sigma": 0.1, "noise_period": 200},
+  "outer_optimizer": {"learning_rate": 1e-2},
+  "periodic_evaluation": {"every": 200, "num_tasks": 8, "num_seeds": 2, "num_steps": 200},
+  "evaluation": {"num_tasks": 16, "num_seeds": 3, "num_steps": 200},
+  "checkpoint": {"every": 100, "keep": 3},
+}
 
 
 class Experiment(NamedTuple):
@@ -48,12 +50,12 @@ def build(
   log_every: int = 10,
   meta_loss: Literal["train", "validation"] = "train",
   objective: Literal["mean_loss", "final_loss"] = "mean_loss",
-  horizon: Section = HORIZON,
-  estimator: Section = ESTIMATOR,
-  outer_optimizer: Section = OUTER_OPTIMIZER,
-  periodic_evaluation: Section = PERIODIC_EVALUATION,
-  evaluation: Section = EVALUATION,
-  checkpoint: Section = CHECKPOINT,
+  horizon: Section = SECTIONS["horizon"],
+  estimator: Section = SECTIONS["estimator"],
+  outer_optimizer: Section = SECTIONS["outer_optimizer"],
+  periodic_evaluation: Section = SECTIONS["periodic_evaluation"],
+  evaluation: Section = SECTIONS["evaluation"],
+  checkpoint: Section = SECTIONS["checkpoint"],
   initial: str | None = None,
   trainable: tuple[str, ...] = (),
   late_power: float = 2.0,
@@ -70,6 +72,17 @@ def build(
   Raises:
     ConfigError, ValueError: A field is unknown or out of its range, or a family cannot be trained.
   """
+  horizon, estimator, outer_optimizer, periodic_evaluation, evaluation, checkpoint = (
+    _filled(name, section)
+    for name, section in (
+      ("horizon", horizon),
+      ("estimator", estimator),
+      ("outer_optimizer", outer_optimizer),
+      ("periodic_evaluation", periodic_evaluation),
+      ("evaluation", evaluation),
+      ("checkpoint", checkpoint),
+    )
+  )
   checks.counts(num_outer_steps=num_outer_steps, log_every=log_every)
   if not 0 <= seed < 2**32:
     raise ValueError(f"seed: must be in 0..{2**32 - 1}, not {seed}")
@@ -80,14 +93,10 @@ def build(
     "evaluation": configuration.call(_comparison, evaluation, where="config.evaluation"),
     "checkpoint": configuration.call(_checkpoint, checkpoint, where="config.checkpoint"),
   }
-  multiples = {
-    "num_outer_steps": num_outer_steps,
-    "periodic_evaluation.every": sections["periodic_evaluation"]["every"],
-    "checkpoint.every": sections["checkpoint"]["every"],
-  }
-  for name, steps in multiples.items():
-    if steps % log_every:
-      raise ValueError(f"{name}: must be a multiple of log_every={log_every}, not {steps}")
+  # One program takes as many outer steps as there are between any two moments at which something is to be done.
+  steps_per_call = math.gcd(
+    log_every, num_outer_steps, sections["periodic_evaluation"]["every"], sections["checkpoint"]["every"]
+  )
   updates = configuration.call(
     meta_training.outer_optimizer, outer_optimizer, num_outer_steps, where="config.outer_optimizer"
   )
@@ -102,6 +111,8 @@ def build(
   families = dict(task) if _is_built(task) else configuration.task_families(task, where="config.task")
   for name, (family, _) in families.items():
     contract.check(family, name)
+    if _is_built(task):  # by someone whose losses nobody knows
+      contract.check_start(family, name, loss_cap)
 
   def gradients_of(family: base.TaskFamily) -> base.GradientEstimator:
     problem = inner_training.build(
@@ -123,7 +134,7 @@ def build(
   if len(estimators) > 1:
     weights = {name: weight for name, (_, weight) in families.items()}
     gradients = mixture.combine(estimators, weights, balance=parallel.mean if balance else None)
-  trainer = meta_training.build(gradients, optimizer.init, updates, seed=seed, steps_per_call=log_every)
+  trainer = meta_training.build(gradients, optimizer.init, updates, seed=seed, steps_per_call=steps_per_call)
   return Experiment(families, full, optimizer, whole, trainer, seed, num_outer_steps, **sections)
 
 
@@ -134,6 +145,7 @@ def complete(config: Section) -> dict[str, Any]:
     ConfigError: A section names no module, or has an option that this does not take.
   """
   full = {**configuration.defaults(build), **config}
+  full |= {name: _filled(name, full[name]) for name in SECTIONS}
   for field, package in configuration.PACKAGES.items():
     section, where = full[field], f"config.{field}"
     if section["name"] == configuration.MIXTURE:
@@ -143,7 +155,7 @@ def complete(config: Section) -> dict[str, Any]:
         options = configuration.complete(package, options, where=f"{where}.families.{label}")
         families[label] = {**options, "weight": float(member.get("weight", 1.0))}
       full[field] = {"name": configuration.MIXTURE, "families": families}
-    elif section["name"] != OWN:
+    elif section["name"] != configuration.OWN:
       full[field] = configuration.complete(package, section, where=where)
   for field, function in {
     "outer_optimizer": meta_training.outer_optimizer,
@@ -151,6 +163,18 @@ def complete(config: Section) -> dict[str, Any]:
   }.items():
     full[field] = {**configuration.defaults(function), **full[field]}
   return configuration.plain(full)
+
+
+def _filled(name: str, section: Any) -> Section:
+  """A section with the defaults of what it leaves out, unless it is about another module than they are.
+
+  Raises:
+    ConfigError: It is no section.
+  """
+  if not isinstance(section, Mapping) and not isinstance(section, ml_collections.ConfigDict):
+    raise configuration.ConfigError(f"config.{name}: {section!r} is not a section, such as {SECTIONS[name]}")
+  default = SECTIONS[name]
+  return {**default, **section} if section.get("name", default.get("name")) == default.get("name") else section
 
 
 def first_theta(optimizer: base.LearnedOptimizer, initial: str | None, seed: int) -> base.Theta:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from lopt import base, configuration, experiment
+from lopt import base, checks, configuration, experiment
 from lopt.evaluation import comparison, held_out, inner_runs, pictures, report
 from lopt.experiment import Experiment, Section
 from lopt.outer import meta_training, parallel
@@ -34,6 +34,13 @@ class Run(NamedTuple):
   comparisons: dict[str, comparison.Comparison]
   """With tuned baselines on held-out tasks, by family."""
   workdir: Path
+
+  def __repr__(self) -> str:
+    return f"Run({self.optimizer}, in {self.workdir})"
+
+  def _repr_markdown_(self) -> str:
+    """What a notebook shows."""
+    return report.table_of_all(self.comparisons)
 
 
 def meta_train(
@@ -57,7 +64,8 @@ def meta_train(
   Args:
     families: Of the tasks: one; several (a mixture), with names or without; or the section of a configuration.
     architecture: A section such as `{"name": "mlp", "hidden_sizes": (16,)}`; a name alone, which is the learned
-      direction of that architecture; or a LearnedOptimizer, whose file `lopt.load` reads with `architecture=` given.
+      direction of that architecture; or a LearnedOptimizer. The file of one that is not lopt's own is read by
+      `lopt.load(workdir, architecture=...)`.
     workdir: Where the run is kept, and continued from. A configuration is compared with the one kept there. Families
       and architectures that are objects cannot be: one that you have changed, with arrays of the same shapes, goes
       on as if it were the old one. Give it another work directory.
@@ -65,7 +73,7 @@ def meta_train(
     max_dead_steps: Outer steps in a row without anything to learn from that end the run; None: go on.
     on_step: Called with `(outer steps taken, metrics)` at each record of the metrics.
     **settings: Fields of the configuration, such as `num_outer_steps`, `estimator={"name": "es"}` or `seed`; see
-      `experiments/configs/digits.py`. What is left out is as there.
+      `experiments/configs/digits.py`. What is left out is as there, also within a section.
 
   Returns:
     The trained optimizer and its comparison. The work directory has both, with curves and the metrics of training.
@@ -81,11 +89,20 @@ def meta_train(
     architecture = {"name": architecture, **DIRECTION}
   stored = {**settings, "architecture": architecture, "task": families}  # what stands in config.json
   if isinstance(architecture, base.LearnedOptimizer):
-    stored["architecture"] = {"name": experiment.OWN}
+    stored["architecture"] = json.loads(architecture.origin or "null") or {"name": configuration.OWN}
+  elif not isinstance(architecture, Mapping):
+    raise configuration.ConfigError(
+      f"architecture: {checks.printable(repr(architecture))} is none; give a name such as 'mlp', a section such as "
+      "{'name': 'mlp'}, or a LearnedOptimizer such as lopt.architectures.mlp.build()"
+    )
+  if "task" in settings:
+    raise configuration.ConfigError("task: is given as the first argument, families")
+  if on_step is not None and not callable(on_step):
+    raise configuration.ConfigError(f"on_step: {on_step!r} is no function of (step, metrics)")
   task: Any = families
   if not (isinstance(families, Mapping) and isinstance(families.get("name"), str)):
     task = {name: (family, 1.0) for name, family in contract.named(families, "family").items()}
-    stored["task"] = {"name": experiment.OWN, "families": sorted(task)}
+    stored["task"] = {"name": configuration.OWN, "families": sorted(task)}
   built = configuration.call(
     experiment.build, {"architecture": architecture, "task": task, **settings}, where="config"
   )
@@ -194,7 +211,8 @@ def _complete(
   print(f"{report.verdict_of_all(comparisons, 'learned')} Curves: {picture}")
   if gained := tracking.gain(records):
     print(gained)
-  print(f'The trained optimizer is {path}; use it with lopt.load("{path}")(num_steps=...).')
+  own = ", architecture=..." if config["architecture"]["name"] == configuration.OWN else ""
+  print(f'The trained optimizer is {path}; use it with lopt.load("{path}"{own})(num_steps=...).')
   return comparisons
 
 

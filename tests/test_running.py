@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 import lopt
 from lopt import base, configuration, experiment, running
-from lopt.architectures import tensor_mlp
+from lopt.architectures import direction, step_sizes, tensor_mlp
 from lopt.evaluation import held_out
 from lopt.runs import interruption, trained
 from lopt.tasks import contract
@@ -88,20 +90,43 @@ def test_meta_train_interrupt_go_on_evaluate(tmp_path):
   assert {r["optimizer"] for r in records} == {"mine", "θ = 0", "AdamW"}
   assert all(math.isfinite(r["final_loss"]) and r["task"] in (0, 1) for r in records)
   assert len(result.plot().axes) >= 1
+  (tmp_path / "page").mkdir()
+  (tmp_path / "page" / "report.html").write_text("of the user")
   page = result.report(tmp_path / "page" / "mine.html")
-  assert page.name == "mine.html"
   assert "mine" in page.read_text("utf-8")
+  assert sorted(path.name for path in page.parent.iterdir()) == ["mine.html", "report.html"]
+  assert (tmp_path / "page" / "report.html").read_text() == "of the user"
+  assert result.report(tmp_path / "folder") == tmp_path / "folder" / "report.html"
+  assert max(map(len, map(repr, (whole, whole.optimizer, result)))) < 300
 
 
 @pytest.mark.long
 def test_an_architecture_of_ones_own_is_passed_when_it_is_loaded(tmp_path):
-  own = tensor_mlp.build(hidden_size=2)
+  own = tensor_mlp.build(hidden_size=2)._replace(origin=None)
   run = lopt.meta_train({"a": regression(), "b": regression()}, own, workdir=tmp_path, **SMALL)
   assert set(run.comparisons) == {"a", "b"}
   assert json.loads((tmp_path / "config.json").read_text())["task"]["families"] == ["a", "b"]
   with pytest.raises(trained.LoadError, match="architecture="):
     lopt.load(tmp_path)
   jax.tree.map(np.testing.assert_array_equal, lopt.load(tmp_path, own).theta, run.optimizer.theta)
+
+
+def test_what_python_builds_has_the_section_that_builds_it():
+  """For each architecture and around it; none where no section says the same."""
+  for name in configuration.choices("architectures"):
+    built = configuration.build("architectures", {"name": name}, where="architecture")
+    section = json.loads(built.origin)
+    assert (
+      section == experiment.complete({"architecture": {"name": name}, "task": {"name": "quadratic"}})["architecture"]
+    )
+    again = configuration.build("architectures", section, where="architecture")
+    assert jax.eval_shape(again.init, jax.random.key(0)) == jax.eval_shape(built.init, jax.random.key(0))
+  wrapped = direction.wrap(tensor_mlp.build(hidden_size=2), learning_rate=0.1)
+  section = json.loads(wrapped.origin or "")
+  assert (section["name"], section["hidden_size"], section["direction"]["learning_rate"]) == ("tensor_mlp", 2, 0.1)
+  assert configuration.build("architectures", section, where="architecture").learning_rate == 0.1
+  assert step_sizes.wrap(wrapped).origin is None
+  assert direction.wrap(tensor_mlp.build()._replace(origin=None)).origin is None
 
 
 @pytest.mark.parametrize(
@@ -127,6 +152,17 @@ def test_an_architecture_of_ones_own_is_passed_when_it_is_loaded(tmp_path):
     ),
     ({"sample": lambda key: jnp.zeros(int(jax.random.key_data(key)[-1]) % 3 + 1)}, "two draws differ in shape"),
     ({"sample": lambda key: np.asarray(jax.random.normal(key, (3,)))}, "sample.*inside compiled code"),
+    ({"normalize": lambda loss, task: loss * task}, r"normalize: must return a float scalar, not float32\[3\]"),
+    ({"normalize": lambda loss: loss}, "normalize: TypeError.*positional argument"),
+    ({"loss_cap": "10"}, "loss_cap: must be a number above 0, not '10'"),
+    (
+      {"loss": lambda params, key, batch, task: (jnp.nan * jnp.mean(params["w"]), {})},
+      "loss: is NaN at the first parameters, for 100% of tasks",
+    ),
+    (
+      {"normalize": lambda loss, task: 1e4 * loss},
+      r"loss: is .*e\+04 at the first parameters .*, and from 10 it counts as diverged; give the family a",
+    ),
   ],
 )
 def test_a_family_with_a_mistake_is_refused_before_anything_is_compiled(tmp_path, changes, message):
@@ -143,6 +179,7 @@ def test_a_family_with_a_mistake_is_refused_before_anything_is_compiled(tmp_path
     ({"num_outer_step": 4}, "config.num_outer_step: unknown field; did you mean 'num_outer_steps'"),
     ({"estimator": {"name": "pes", "sigmma": 0.1}}, r"config\.estimator\.sigmma: unknown field"),
     ({"estimator": {"name": "pse"}}, r"config\.estimator\.name"),
+    ({"task": {"name": "quadratic"}}, "task: is given as the first argument, families"),
   ],
 )
 def test_a_setting_with_a_mistake_is_refused(tmp_path, settings, message):
@@ -163,7 +200,7 @@ def test_a_run_from_python_is_that_of_the_script(tmp_path):
       "task": {"name": "quadratic", "dimension": 3},
       "num_outer_steps": 4,
       "log_every": 2,
-      "periodic_evaluation": {**experiment.PERIODIC_EVALUATION, "every": 4},
+      "periodic_evaluation": {**experiment.SECTIONS["periodic_evaluation"], "every": 4},
       "checkpoint": {"every": 2, "keep": 3},
     }
   )
@@ -188,15 +225,15 @@ def test_suites_bring_their_own_lengths_and_numbers_of_tasks(monkeypatch):
 
 def test_no_family_is_refused(tmp_path):
   for none in ([], {}):
-    with pytest.raises(ValueError, match="families: names none"):
+    with pytest.raises(ValueError, match="families: is empty"):
       lopt.meta_train(none, workdir=tmp_path / "run", **SMALL)
 
 
 def test_what_is_no_family_is_refused():
   cases: list[tuple[Any, str]] = [
-    (regression, "families: function is no lopt.base.TaskFamily"),
-    ([regression(), regression], "task family 'tasks 2': is of type function, not lopt.base.TaskFamily"),
-    ({"mine": {"name": "quadratic"}}, "task family 'mine': is of type dict"),
+    (regression, "families: must be a lopt.base.TaskFamily or several, not function"),
+    ([regression(), regression], "task family 'tasks 2': must be a lopt.base.TaskFamily, not function"),
+    ({"mine": {"name": "quadratic"}}, "task family 'mine': must be a lopt.base.TaskFamily, not dict"),
   ]
   for families, message in cases:
     with pytest.raises(ValueError, match=message):
@@ -205,7 +242,7 @@ def test_what_is_no_family_is_refused():
 
 def test_evaluation_of_nothing_or_with_what_is_not_there_is_refused():
   optimizer = trained.TrainedOptimizer({}, tensor_mlp.build(), {})
-  with pytest.raises(ValueError, match="optimizers: names none"):
+  with pytest.raises(ValueError, match="optimizers: give them by name, such as"):
     lopt.evaluate({}, regression())
   with pytest.raises(ValueError, match=r"baselines: no 'adamm'; there are: adamw"):
     lopt.evaluate({"mine": optimizer}, regression(), baselines=("adamm",))
@@ -213,6 +250,54 @@ def test_evaluation_of_nothing_or_with_what_is_not_there_is_refused():
     lopt.evaluate({"mine": optimizer}, "fersh")
   with pytest.raises(ValueError, match="task family 'tasks': loss: must return"):
     lopt.evaluate({"mine": optimizer}, regression(loss=lambda params, key, batch, task: jnp.zeros(())))
+
+
+MISTAKES = """
+import lopt, optax
+family, shipped = lopt.tasks.quadratic.build(), lopt.load("tensor_mlp")
+for call in (
+  lambda: lopt.meta_train(family, workdir="run", estimator="es"),
+  lambda: lopt.meta_train(family, workdir="run", horizon=100),
+  lambda: lopt.meta_train(family, None, workdir="run"),
+  lambda: lopt.meta_train(family, workdir="run", on_step=3),
+  lambda: lopt.evaluate(shipped, family),
+  lambda: lopt.evaluate([shipped], family),
+  lambda: lopt.evaluate({"mine": "tensor_mlp"}, family),
+  lambda: lopt.evaluate({"mine": optax.adam(1e-3)}, family),
+  lambda: lopt.evaluate({"mine": shipped}, family, num_tasks="3"),
+  lambda: lopt.evaluate({"mine": shipped}, family, num_steps=1.5),
+  lambda: lopt.evaluate({"mine": shipped}, family, seed=-1),
+  lambda: lopt.evaluate({"mine": shipped}, family, baselines="adamm"),
+):
+  try:
+    call()
+  except ValueError as error:
+    print(error)
+"""
+
+
+def test_arguments_of_other_types_are_refused_in_one_line(tmp_path, environment):
+  """In a process of its own, as users have it: here, types are checked before lopt sees anything."""
+  result = subprocess.run(
+    [sys.executable, "-c", MISTAKES], env=environment, cwd=tmp_path, capture_output=True, text=True
+  )
+  assert result.returncode == 0, result.stderr
+  expected = [
+    "config.estimator: 'es' is not a section, such as {'name': 'pes'",
+    "config.horizon: 100 is not a section, such as {'minimum': 50",
+    "architecture: None is none; give a name such as 'mlp'",
+    "on_step: 3 is no function of (step, metrics)",
+    *["optimizers: give them by name, such as"] * 2,
+    "optimizers: 'mine' is of type str, no trained optimizer",
+    "optimizers: 'mine' is of type GradientTransformationExtraArgs, no trained optimizer",
+    "num_tasks: must be a whole number of at least 1, not '3'",
+    "num_steps: must be a whole number of at least 1, not 1.5",
+    "seed: must be a whole number of at least 0, not -1",
+    "baselines: no 'adamm'; there are: adamw",
+  ]
+  lines = result.stdout.splitlines()
+  assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
+  assert not list(tmp_path.iterdir())
 
 
 def test_interruptions_are_keyboard_interrupts():

@@ -30,8 +30,9 @@ def start(environment, meta_train):
 
     def run(workdir, *flags, **changes):
       command = meta_train(workdir, *flags, **{**CHANGES, **changes})
-      pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-      process = stack.enter_context(subprocess.Popen(command, env=environment, text=True, **pipes))
+      process = stack.enter_context(
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+      )
       stack.callback(process.kill)  # before its context waits for it
       return process
 

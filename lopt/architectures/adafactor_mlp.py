@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
-from lopt.architectures import sharding, summaries
+from lopt.architectures import origin, sharding, summaries
 
 TIME_SCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)  # inner steps
 
@@ -68,6 +68,7 @@ def _dense_jvp(primals, tangents):
   return jax.jvp(products, primals, tangents)
 
 
+@origin.remembered
 def build(
   *,
   hidden_sizes: tuple[int, ...] = (4, 4),

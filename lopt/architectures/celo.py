@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
-from lopt.architectures import layers, sharding, summaries
+from lopt.architectures import layers, origin, sharding, summaries
 
 FACTORED_DECAYS = (0.9, 0.99, 0.999)
 NUM_FEATURES = 29  # of a parameter
@@ -32,6 +32,7 @@ class CeloState(NamedTuple):
   lstm: hk.LSTMState
 
 
+@origin.remembered
 def build(
   *,
   hidden_sizes: tuple[int, ...] = (8, 8),

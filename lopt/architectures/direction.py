@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
-from lopt.architectures import sharding
+from lopt.architectures import origin, sharding
 
 BETAS = (0.9, 0.99)  # of Nesterov Adam
 SCALE_DECAY = 0.99
@@ -34,6 +34,7 @@ class DirectionState(NamedTuple):
   network: base.State
 
 
+@origin.remembered
 def wrap(
   optimizer: base.LearnedOptimizer,
   *,

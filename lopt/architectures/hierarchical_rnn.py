@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
-from lopt.architectures import layers, summaries
+from lopt.architectures import layers, origin, summaries
 
 NUM_FEATURES = 10  # of a parameter
 NUM_INPUTS = len(summaries.PROGRESS) + summaries.NUM_LOSS_FEATURES + summaries.NUM_TENSOR_FEATURES
@@ -31,6 +31,7 @@ class HierarchicalState(NamedTuple):
   lstm: hk.LSTMState  # a row for each tensor, in the order of jax.tree.leaves
 
 
+@origin.remembered
 def build(
   *,
   lstm_size: int = 16,

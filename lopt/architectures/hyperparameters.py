@@ -14,11 +14,13 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
+from lopt.architectures import origin
 
 Optimizer = Literal["sgd", "sgdm", "adam"]
 Schedule = Literal["constant", "log_linear", "inverse_time"]
 
 
+@origin.remembered
 def build(
   *,
   optimizer: Optimizer = "sgdm",

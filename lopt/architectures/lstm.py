@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float
 
 from lopt import base
-from lopt.architectures import layers, sharding
+from lopt.architectures import layers, origin, sharding
 
 LSTMStates = tuple[hk.LSTMState, ...]
 
@@ -55,6 +55,7 @@ class LSTM(hk.Module):
     return hidden, hk.LSTMState(hidden, cell)
 
 
+@origin.remembered
 def build(
   *,
   hidden_sizes: tuple[int, ...] = (20, 20),

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Int
 
 from lopt import base
-from lopt.architectures import layers, sharding
+from lopt.architectures import layers, origin, sharding
 
 MOMENTUM_DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
 TIME_SCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)  # inner steps
@@ -27,6 +27,7 @@ class MLPState(NamedTuple):
   momenta: base.PyTree  # like the parameters, with the six decays on a leading axis
 
 
+@origin.remembered
 def build(
   *,
   hidden_sizes: tuple[int, ...] = (32, 32),

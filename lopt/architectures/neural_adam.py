@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
-from lopt.architectures import sharding
+from lopt.architectures import origin, sharding
 
 # Controls are (log α, log(1 - β₁), log(1 - β₂), log ε) / 10; these are what they are clipped to.
 BOUNDS = (
@@ -73,6 +73,7 @@ def _features(p: Array, g: Array, m: Array, v: Array, controls: Float[Array, " 4
   )
 
 
+@origin.remembered
 def build(
   *,
   hidden_size: int = 32,

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
-from lopt.architectures import layers, published, sharding, summaries
+from lopt.architectures import layers, origin, published, sharding, summaries
 
 LARGEST_GRADIENT = 1000.0
 # Momentum and factored second moments share the decays. Gains are 1 - β in float32, wrong in the fifth digit, because
@@ -56,6 +56,7 @@ class PublishedCeloState(NamedTuple):
   """Of one row. The authors' code has a row for each tensor, and nothing in which these could differ."""
 
 
+@origin.remembered
 def build(
   *,
   lstm_size: int = 64,

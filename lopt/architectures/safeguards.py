@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from lopt import base, checks
+from lopt.architectures import origin
 
 
 class MixState(NamedTuple):
@@ -22,6 +23,7 @@ class MixState(NamedTuple):
   adam: base.State
 
 
+@origin.remembered
 def wrap(
   optimizer: base.LearnedOptimizer,
   *,

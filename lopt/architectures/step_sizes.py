@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base, checks
-from lopt.architectures import layers, summaries
+from lopt.architectures import layers, origin, summaries
 
 DECAY = 0.95
 """Of the moving averages of squared norms and of alignments: some twenty steps."""
@@ -43,6 +43,7 @@ class LearnedState(NamedTuple):
   alignments: Float[Array, " tensors"]
 
 
+@origin.remembered
 def wrap(
   optimizer: base.LearnedOptimizer,
   *,

@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lopt import base
-from lopt.architectures import layers, sharding
+from lopt.architectures import layers, origin, sharding
 
 MOMENTUM_DECAYS = (0.5, 0.9, 0.97, 0.99, 0.997)
 SECOND_DECAY = 0.99
@@ -35,6 +35,7 @@ class TensorMLPState(NamedTuple):
   mean_square: base.PyTree  # of each tensor's gradients: moving average with the longest of the momenta's decays
 
 
+@origin.remembered
 def build(
   *,
   hidden_size: int = 8,

@@ -14,6 +14,7 @@ from lopt import base, configuration
 from lopt.evaluation import baselines as hand_designed
 from lopt.evaluation import comparison, held_out, inner_runs, pictures, report, report_page, suites, tables, timing
 from lopt.evaluation.comparison import Comparison
+from lopt.runs import files
 from lopt.runs.trained import TrainedOptimizer
 from lopt.tasks import contract
 
@@ -31,6 +32,9 @@ class Result(NamedTuple):
     """Markdown: final losses, speed-ups over tuned baselines, shares of tasks and runs that went badly."""
     return report.table_of_all(self.comparisons)
 
+  def __repr__(self) -> str:
+    return f"Result(families: {', '.join(self.comparisons)}); .table(), .plot(), .report(path), .records()"
+
   def _repr_markdown_(self) -> str:
     """What a notebook shows."""
     return self.table()
@@ -41,16 +45,19 @@ class Result(NamedTuple):
     return pictures.speed_ups({"": comparison.measure(self.comparisons)}, first)
 
   def report(self, path: str | Path) -> Path:
-    """Writes the page `path`, a .html file or a folder, with all tables and curves; numbers and pictures are beside.
+    """Writes a page with all tables and curves, and needs no other file.
+
+    Args:
+      path: A .html file; or a folder, for report.html with its numbers and pictures beside it.
 
     Raises:
       OSError: It cannot be written.
     """
-    path = Path(path)
-    folder = path.parent if path.suffix == ".html" else path
-    folder.mkdir(parents=True, exist_ok=True)
-    page = report_page.write({"held-out tasks": self.comparisons}, folder, self.about)
-    return page.rename(path) if path.suffix == ".html" else page
+    compared, path = {"held-out tasks": self.comparisons}, Path(path)
+    if path.suffix != ".html":
+      return report_page.write(compared, path, self.about)
+    files.write_atomically(path, report_page.page(compared, self.about, *report_page.images(compared)))
+    return path
 
   def records(self) -> list[dict[str, Any]]:
     """One flat record for each family, task, optimizer and way of tuning."""
@@ -81,7 +88,7 @@ def evaluate(
   optimizers: Mapping[str, TrainedOptimizer | tuple[base.LearnedOptimizer, base.Theta]],
   families: Families = "fresh",
   *,
-  baselines: Collection[str] = ("adamw", "muon"),
+  baselines: Collection[str] | str = ("adamw", "muon"),
   num_tasks: int | None = None,
   num_seeds: int | None = None,
   num_steps: int | None = None,
@@ -107,13 +114,23 @@ def evaluate(
   Raises:
     ValueError: An unknown baseline or suite, no optimizer, or what `held_out.compare` says; before any run.
   """
-  if not optimizers:
-    raise ValueError('optimizers: names none; such as {"shipped": lopt.load("tensor_mlp")}')
-  chosen = hand_designed.named(baselines)
-  pairs = {
-    name: (x.architecture, x.theta) if isinstance(x, TrainedOptimizer) else x for name, x in optimizers.items()
-  }
+  example = 'give them by name, such as {"shipped": lopt.load("tensor_mlp")}'
+  if not isinstance(optimizers, Mapping) or not optimizers:
+    raise ValueError(f"optimizers: {example}")
+  chosen = hand_designed.named((baselines,) if isinstance(baselines, str) else baselines)
+  pairs = {}
+  for name, x in optimizers.items():
+    pair = (x.architecture, x.theta) if isinstance(x, TrainedOptimizer) else x
+    if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], base.LearnedOptimizer):
+      kind = type(x).__name__
+      raise ValueError(
+        f"optimizers: {name!r} is of type {kind}, no trained optimizer nor (architecture, θ); {example}"
+      )
+    pairs[name] = pair
   given = {"num_tasks": num_tasks, "num_seeds": num_seeds, "num_steps": num_steps}
+  for option, value in {**given, "seed": seed}.items():
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < (option != "seed")):
+      raise ValueError(f"{option}: must be a whole number of at least {int(option != 'seed')}, not {value!r}")
   compared = compare(
     {"": _members(families, seed)},
     pairs,

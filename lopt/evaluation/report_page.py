@@ -43,16 +43,21 @@ def write(suites: Suites, folder: str | os.PathLike[str], about: About) -> Path:
     OSError: A file cannot be written.
   """
   folder = Path(folder)
-  everything = _everything(suites)
-  first = next(iter(everything.comparisons.values()))
-  summary = pictures.png(pictures.speed_ups(everything.by_suite, first))
-  rates = pictures.png(pictures.rate_curves(everything.comparisons), dpi=120)
+  summary, rates = images(suites)
   files.write_atomically(folder / "summary.png", summary)
   files.write_atomically(folder / "learning_rates.png", rates)
   content = json.dumps(as_dict(suites, about), indent=2, allow_nan=False, ensure_ascii=False)
   files.write_atomically(folder / "report.json", content + "\n")
   files.write_atomically(folder / "report.html", page(suites, about, summary, rates))
   return folder / "report.html"
+
+
+def images(suites: Suites) -> tuple[bytes, bytes]:
+  """The pictures of the page as PNG: speed-ups by suite, and final losses by learning rate."""
+  everything = _everything(suites)
+  first = next(iter(everything.comparisons.values()))
+  summary = pictures.png(pictures.speed_ups(everything.by_suite, first))
+  return summary, pictures.png(pictures.rate_curves(everything.comparisons), dpi=120)
 
 
 def as_dict(suites: Suites, about: About) -> dict[str, Any]:
@@ -72,7 +77,7 @@ def page(suites: Suites, about: About, summary: bytes, rates: bytes) -> str:
   Args:
     suites: What to show.
     about: How it came to be.
-    summary, rates: The pictures of `pictures.speed_ups` and `pictures.rate_curves`.
+    summary, rates: What `images` gives.
   """
   everything = _everything(suites)
   all_of_them = everything.comparisons

@@ -57,7 +57,7 @@ def outer_optimizer(
   Args:
     num_steps: Outer steps of the whole run.
     learning_rate: At the end of the warm-up.
-    warmup_steps: Outer steps from 0 to the full learning rate.
+    warmup_steps: Outer steps from 0 to the full learning rate; at most half of all.
     final_fraction: The last learning rate, as a fraction of the full one.
     weight_decay: Decoupled, per unit of learning rate.
     clip_norm: The largest norm that a meta-gradient enters Adam with.
@@ -71,12 +71,10 @@ def outer_optimizer(
   for name, value in {"weight_decay": weight_decay, "final_fraction": final_fraction}.items():
     if not value >= 0:
       raise ValueError(f"{name}: must be at least 0, not {value}")
-  if not 0 <= warmup_steps < num_steps:
-    raise ValueError(
-      f"warmup_steps: must be in 0..{num_steps - 1}, below the number of outer steps, not {warmup_steps}"
-    )
+  if warmup_steps < 0:
+    raise ValueError(f"warmup_steps: must be at least 0, not {warmup_steps}")
   schedule = optax.warmup_cosine_decay_schedule(
-    0.0, learning_rate, warmup_steps, num_steps, learning_rate * final_fraction
+    0.0, learning_rate, min(warmup_steps, num_steps // 2), num_steps, learning_rate * final_fraction
   )
   return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay))
 

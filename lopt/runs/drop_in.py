@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array
 
 from lopt.architectures import sharding
@@ -37,6 +38,11 @@ class TrainedOptimizer(NamedTuple):
   config: dict[str, Any]
   """The configuration of the run that trained them."""
 
+  def __repr__(self) -> str:
+    name = self.config.get("architecture", {}).get("name", "of one's own")
+    size = sum(x.size for x in jax.tree.leaves(self.theta))
+    return f"TrainedOptimizer({name}, {size:,} meta-parameters, learning_rate={self.learning_rate})"
+
   @property
   def learning_rate(self) -> float | None:
     """The recommended one; None of an optimizer that takes no learning rate, since it decides on steps by itself."""
@@ -65,10 +71,8 @@ class TrainedOptimizer(NamedTuple):
       ValueError: `num_steps` is below 1; `state_dtype` is neither of the two; neither `num_steps` nor a learning rate
         is given; or an optimizer that decides on its steps by itself is given a learning rate or weight decay.
     """
-    if num_steps is not None and not isinstance(num_steps, jax.core.Tracer):
-      is_number = jnp.ndim(num_steps) == 0 and not isinstance(num_steps, (str, bool))
-      if not (is_number and 1 <= num_steps < math.inf):
-        raise ValueError(f"num_steps: {num_steps!r} is not a number of training steps; it must be at least 1")
+    if num_steps is not None and not isinstance(num_steps, Tracer) and not _is_count(num_steps):
+      raise ValueError(f"num_steps: {num_steps!r} is not a number of training steps; it must be at least 1")
     if self.learning_rate is None:
       if learning_rate is not None or weight_decay:
         raise ValueError(f"{'weight_decay' if learning_rate is None else 'learning_rate'}: {_NO_DIRECTION}")
@@ -109,6 +113,10 @@ class TrainedOptimizer(NamedTuple):
     if self.architecture.schedule is None:
       raise ValueError(f"schedule: {_NO_DIRECTION}")
     return self.architecture.schedule(num_steps)
+
+
+def _is_count(x: Any) -> bool:
+  return not isinstance(x, (str, bool)) and 1 <= x < math.inf
 
 
 _NO_DIRECTION = (

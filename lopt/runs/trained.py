@@ -204,7 +204,11 @@ def _build(path: str | Path, section: dict[str, Any], modules: Collection[str]) 
     meta_parameters.named(like)
   except Exception as error:  # any, since nobody knows what options a file can have
     own = str(section.get("name"))
-    remedy = f"; pass it: lopt.load(path, architecture=...), or modules=[{own!r}]" if "." in own else ""
+    remedy = (
+      f"; pass it: lopt.load(path, architecture=...), or modules=[{own!r}]"
+      if "." in own and own != configuration.OWN
+      else ""
+    )
     raise _refusal(path, f"cannot build the architecture in its header: {error}{remedy}") from error
   return architecture, like
 

@@ -1,10 +1,12 @@
 """What a task family has to be, checked before anything is compiled, so that a mistake has a name."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lopt import base
 
@@ -22,16 +24,19 @@ def named(families: Any, word: str) -> dict[str, base.TaskFamily]:
   if isinstance(families, base.TaskFamily):
     return {word: families}
   if not isinstance(families, Iterable):
-    raise ValueError(f"families: {type(families).__name__} is no lopt.base.TaskFamily, nor several of them")
+    raise ValueError(f"families: must be a lopt.base.TaskFamily or several, not {type(families).__name__}")
   by_name = families
   if not isinstance(by_name, Mapping):
     listed = list(families)
     by_name = {f"{word} {i + 1}" if len(listed) > 1 else word: family for i, family in enumerate(listed)}
   if not by_name:
-    raise ValueError("families: names none; give a TaskFamily, several of them, or a section of a configuration")
+    raise ValueError("families: is empty; give a TaskFamily, several of them, or a section of a configuration")
   for name, family in by_name.items():
     if not isinstance(family, base.TaskFamily):
-      raise ValueError(f"task family {name!r}: is of type {type(family).__name__}, not lopt.base.TaskFamily")
+      raise ValueError(
+        f"task family {name!r}: must be a lopt.base.TaskFamily, not {type(family).__name__}; lopt has such as "
+        "lopt.tasks.mlp_classifier.build(dataset='digits')"
+      )
   return {str(name): family for name, family in by_name.items()}
 
 
@@ -54,7 +59,7 @@ def check(family: base.TaskFamily, name: str) -> None:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise ValueError(
         f"{where}: init: the parameter {jax.tree_util.keystr(path)} is of type {leaf.dtype}; parameters are trained, "
-        "and have to be real floating-point arrays"
+        "and have to be real floating-point arrays; what is not trained belongs into the task"
       )
   layout = None  # of the first split's batches
   for split in base.SPLITS:
@@ -82,6 +87,44 @@ def check(family: base.TaskFamily, name: str) -> None:
       raise ValueError(f"{where}: loss: must be a float scalar, not {_shapes(loss)}")
     if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
       raise ValueError(f"{where}: loss: must be a float scalar, not {loss.dtype}{list(loss.shape)}; take a mean?")
+    normal = _of(where, "normalize", lambda loss=loss: jax.eval_shape(family.normalize, loss, tasks[0]))
+    if getattr(normal, "shape", None) != () or not jnp.issubdtype(normal.dtype, jnp.floating):
+      raise ValueError(f"{where}: normalize: must return a float scalar, not {_shapes(normal)}")
+  cap = family.loss_cap
+  if isinstance(cap, bool) or not isinstance(cap, (int, float)) or not cap > 0:
+    raise ValueError(f"{where}: loss_cap: must be a number above 0, not {cap!r}")
+
+
+def check_start(family: base.TaskFamily, name: str, loss_cap: float | None) -> None:
+  """Raises ValueError in one line where most tasks of the family have diverged before they begin.
+
+  Computes the first loss of eight tasks.
+
+  Args:
+    family: One that `check` passes.
+    name: In the error.
+    loss_cap: Normalised losses that count as diverged, beside the family's own.
+  """
+
+  def first_loss(key: base.PRNGKey) -> base.Scalar:
+    task_key, params_key, batch_key, loss_key = jax.random.split(key, 4)
+    task = family.sample(task_key)
+    batch = family.batch(batch_key, task, "train")
+    loss, _ = family.loss(family.init(params_key, task), loss_key, batch, task)
+    return family.normalize(loss, task)
+
+  keys = jax.random.split(jax.random.key(0), 8)
+  losses = np.asarray(_of(f"task family {name!r}", "loss", lambda: jax.jit(jax.vmap(first_loss))(keys)))
+  if np.isnan(losses).any():
+    raise ValueError(
+      f"task family {name!r}: loss: is NaN at the first parameters, for {np.isnan(losses).mean():.0%} of tasks"
+    )
+  cap = min(family.loss_cap, math.inf if loss_cap is None else loss_cap)
+  if (median := float(np.median(losses))) >= cap:
+    raise ValueError(
+      f"task family {name!r}: loss: is {median:.3g} at the first parameters (median of 8 tasks), and from {cap:g} it "
+      "counts as diverged; give the family a `normalize` that makes it about 1, or raise loss_cap"
+    )
 
 
 def _arrays_only(function: Callable[..., Any]) -> Callable[..., Any]:

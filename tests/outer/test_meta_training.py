@@ -300,7 +300,7 @@ def test_the_outer_optimizer_clips_warms_up_and_decays():
 
 
 @pytest.mark.parametrize(
-  "options", [{"learning_rate": 0.0}, {"clip_norm": -1.0}, {"weight_decay": -0.1}, {"warmup_steps": 100}]
+  "options", [{"learning_rate": 0.0}, {"clip_norm": -1.0}, {"weight_decay": -0.1}, {"warmup_steps": -1}]
 )
 def test_bad_settings_of_the_outer_optimizer_are_named(options):
   with pytest.raises(ValueError, match=next(iter(options))):
