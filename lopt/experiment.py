@@ -171,7 +171,8 @@ def _filled(name: str, section: Any) -> Section:
   Raises:
     ConfigError: It is no section.
   """
-  if not isinstance(section, Mapping) and not isinstance(section, ml_collections.ConfigDict):
+  section = section.to_dict() if isinstance(section, ml_collections.ConfigDict) else section
+  if not isinstance(section, Mapping):
     raise configuration.ConfigError(f"config.{name}: {section!r} is not a section, such as {SECTIONS[name]}")
   default = SECTIONS[name]
   return {**default, **section} if section.get("name", default.get("name")) == default.get("name") else section

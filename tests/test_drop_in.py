@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,9 +41,29 @@ def test_these_come_with_lopt():
 def test_their_configurations_are_those_of_the_command_that_trains_them_again():
   pretrained = configuration.load(ROOT / "experiments" / "configs" / "pretrained.py")
   for name in NAMES:
-    here = experiment.complete(configuration.plain(pretrained.get_config(f"architecture={name}")))
-    # What was trained before an option was there has it at its default.
-    assert configuration.difference(experiment.complete(lopt.load(name).config), here) == []
+    config = lopt.load(name).config
+    members = config.get("members", [config])  # of what is the average of several trainings
+    assert len(members) == len(pretrained.SETTINGS[name])
+    for i, member in enumerate(members, start=1):
+      command = configuration.plain(pretrained.get_config(f"architecture={name},member={i}"))
+      # What was trained before an option was there has it at its default; how often one looks changes nothing.
+      there, here = ({**experiment.complete(x), "periodic_evaluation": None} for x in (member, command))
+      assert configuration.difference(there, here) == []
+  with pytest.raises(configuration.ConfigError, match="member=2: the members of mlp are: 1"):
+    pretrained.get_config("architecture=mlp,member=2")
+
+
+@pytest.mark.slow
+def test_the_average_is_made_by_the_command(tmp_path, environment):
+  """Of trainings that are there, given to it."""
+  command = [sys.executable, ROOT / "experiments" / "reproduce_pretrained.py", "--members=tensor_mlp,tensor_mlp"]
+  result = subprocess.run(
+    [*command, f"--output={tmp_path}"], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  assert result.returncode == 0, result.stderr
+  one, two = lopt.load("tensor_mlp"), lopt.load(tmp_path)
+  assert two.config["architecture"]["hidden_size"] == 2 * one.config["architecture"]["hidden_size"]
+  close(*(step(x(num_steps=STEPS), start(), x(num_steps=STEPS).init(start()))[0] for x in (one, two)), rtol=1e-3)
 
 
 @pytest.mark.slow_but_for("tensor_mlp")
