@@ -302,7 +302,7 @@ def test_in_programs_of_float64(name):
 
 
 @pytest.mark.slow_but_for("haiku_loop")
-@pytest.mark.parametrize("name", ["haiku_loop", "flax_loop"])
+@pytest.mark.parametrize("name", ["haiku_loop", "flax_loop", "fsdp_transformer"])
 def test_training_loops(name):
   losses = list(example(name).train("tensor_mlp", 60))
   assert np.mean(losses[-5:]) < 0.5 * losses[0]
