@@ -1,9 +1,10 @@
-"""CPU seconds to trace and to compile an update of 50 tensors of 14 shapes, for every architecture, beside Muon.
+"""CPU seconds to trace and to compile an update of tensors of 14 shapes, for every architecture, beside Muon.
 
     python experiments/benchmarks/update_compile.py [--only=tensor_mlp]
 
 That is what people wait for before the first step of their own training loop. `direction/<name>` is the architecture
-as a learned direction. On one core (`taskset -c 0`) the wall clock is the sum; the compilation cache is off.
+as a learned direction. There are 50 tensors, or as many as a case says at its end. On one core (`taskset -c 0`) the
+wall clock is the sum; the compilation cache is off.
 """
 
 import time
@@ -17,15 +18,16 @@ from lopt import configuration
 
 SHAPES = [(16, 64), (64, 64), (64, 128), (128, 64), (64, 16), (32, 64), (64, 32), (3, 3, 8, 16), (3, 3, 16, 16)]
 SHAPES += [(64,), (128,), (16,), (32,), ()]
-NUM_TENSORS = 50
 BASELINES = ("adamw", "muon")
 NAMES = configuration.choices("architectures")
 CASES = [*BASELINES, *NAMES, *(f"direction/{name}" for name in NAMES)]
+CASES += [f"{name}:{number}" for name in ("muon", "direction/tensor_mlp", "direction/mlp") for number in (200, 800)]
 
 
 def measure(case: str) -> bench.Figures:
   jax.config.update("jax_enable_compilation_cache", False)
-  params = {f"{i:02d}": jnp.ones(SHAPES[i % len(SHAPES)]) for i in range(NUM_TENSORS)}
+  case, _, number = case.partition(":")
+  params = {f"{i:03d}": jnp.ones(SHAPES[i % len(SHAPES)]) for i in range(int(number or 50))}
   if case in BASELINES:
     tx = optax.with_extra_args_support(optax.adamw(1e-3) if case == "adamw" else optax.contrib.muon(1e-3))
   else:
