@@ -22,6 +22,8 @@ def remembered(build: Build) -> Build:
   @functools.wraps(build)
   def with_origin(*args: Any, **options: Any) -> base.LearnedOptimizer:
     built = build(*args, **options)
+    if any(built is x for x in args):  # with nothing to wrap it in
+      return built
     section = signatures.all_options(build, options, name)
     if not args:
       return built._replace(origin=json.dumps({"name": name, **section}))
