@@ -125,7 +125,7 @@ def test_what_python_builds_has_the_section_that_builds_it():
   section = json.loads(wrapped.origin or "")
   assert (section["name"], section["hidden_size"], section["direction"]["learning_rate"]) == ("tensor_mlp", 2, 0.1)
   assert configuration.build("architectures", section, where="architecture").learning_rate == 0.1
-  assert step_sizes.wrap(wrapped).origin is None
+  assert step_sizes.wrap(wrapped, relative_floor=0.1).origin is None
   assert direction.wrap(tensor_mlp.build()._replace(origin=None)).origin is None
 
 
