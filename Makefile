@@ -28,7 +28,7 @@ reproduce-pretrained: .venv/runtime  ## train again what comes with lopt: NAME=t
 
 report: .venv/runtime  ## compare NAME with tuned baselines on held-out suites, into runs/report/report.html
 	$(BIN)/python experiments/evaluate.py --optimizer=$(NAME) --suite=$(SUITE) --baselines=$(BASELINES) \
-	  --num_tasks=$(TASKS) --num_seeds=$(SEEDS) --output=runs/report
+	  $(if $(TASKS),--num_tasks=$(TASKS)) $(if $(SEEDS),--num_seeds=$(SEEDS)) --output=runs/report
 
 evaluate: .venv/runtime  ## compare the optimizer trained in WORKDIR with tuned baselines on held-out tasks
 	$(BIN)/python experiments/evaluate.py --optimizer=$(WORKDIR)

@@ -217,7 +217,7 @@ def test_suites_bring_their_own_lengths_and_numbers_of_tasks(monkeypatch):
 
   monkeypatch.setattr(held_out, "compare", ask)
   optimizer = {"mine": trained.TrainedOptimizer({}, tensor_mlp.build(), {})}
-  with pytest.raises(AskedError, match=r"1000, 1, 5"):
+  with pytest.raises(AskedError, match=r"1000, 1, 2"):
     lopt.evaluate(optimizer, "horizon", num_tasks=1)
   with pytest.raises(AskedError, match=r"200, 4, 3"):
     lopt.evaluate(optimizer, regression())

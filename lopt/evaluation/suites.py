@@ -2,8 +2,8 @@
 
     python experiments/evaluate.py --optimizer=runs/mixture --suite=architecture,horizon
 
-The axes are seen from `FRESH`, on which the shipped optimizers are trained, for 50 to 400 steps. A suite is
-`{member: task section}`; `num_steps` in a section is the length of its runs, `num_tasks` how many are drawn.
+The axes are seen from `FRESH`, on which the shipped optimizers are trained. A suite is `{member: task section}`;
+`num_steps` in a section is the length of its runs, `num_tasks` how many are drawn, `num_seeds` how many runs each has.
 """
 
 from collections.abc import Collection, Mapping
@@ -30,6 +30,7 @@ FRESH = {
 """The families of meta-training (`experiments/configs/mixture.py`), with fresh tasks and seeds."""
 
 FEWER = {"num_tasks": 4}  # where a run takes long
+FEWEST = {"num_tasks": 3}  # where tasks differ little
 REAL = {"num_tasks": 1, "num_steps": 2_000}  # 0.8 and 0.3 million parameters: for an accelerator
 REPARAMETRIZED = {"augmentation": {"reparametrization": (1e-3, 1e3)}}
 
@@ -45,13 +46,13 @@ ALL: dict[str, dict[str, dict[str, Any]]] = {
     "fashion_mnist_14": {**MLP, "dataset": "fashion_mnist", "resolution": 14},
   },
   "size": {
-    "wider": {**MLP, "hidden_sizes": (128,)},
-    "wider_and_deeper": {**MLP, "hidden_sizes": (128, 128)},
-    "deeper": {**MLP, "hidden_sizes": (32, 32, 32, 32)},
+    "wider": {**MLP, "hidden_sizes": (128,), **FEWEST},
+    "wider_and_deeper": {**MLP, "hidden_sizes": (128, 128), **FEWEST},
+    "deeper": {**MLP, "hidden_sizes": (32, 32, 32, 32), **FEWEST},
   },
   "horizon": {
-    "5_times": {**MLP, "num_steps": 1_000},
-    "25_times": {**MLP, "num_steps": 5_000},
+    "5_times": {**MLP, "num_steps": 1_000, **FEWEST, "num_seeds": 2},
+    "25_times": {**MLP, "num_steps": 5_000, **FEWEST, "num_seeds": 2},
   },
   "architecture": {
     "resnet": {"name": "resnet_classifier", **FEWER},
@@ -108,7 +109,7 @@ def build(name: str, *, seed: int | None = None) -> dict[str, Member]:
   seeds = inner_runs.seeds_of_families(DEFAULTS["seed"] if seed is None else seed, ALL[name])
   members = {}
   for member, section in ALL[name].items():
-    own = {option: section[option] for option in ("num_steps", "num_tasks") if option in section}
+    own = {option: section[option] for option in ("num_steps", "num_tasks", "num_seeds") if option in section}
     task = {option: value for option, value in section.items() if option not in own}
     family = configuration.build("tasks", task, where=f"suites.{name}.{member}")
     members[member] = Member(family, {**DEFAULTS, **own, "seed": seeds[member]})
