@@ -3,7 +3,7 @@
     python experiments/evaluate.py --optimizer=runs/mixture --suite=architecture,horizon
 
 The axes are seen from `FRESH`, on which the shipped optimizers are trained. A suite is `{member: task section}`;
-`num_steps` in a section is the length of its runs, `num_tasks` how many are drawn, `num_seeds` how many runs each has.
+`num_steps` in a section is the length of its runs, `num_tasks` how many are drawn, `num_seeds` how often each is run.
 """
 
 from collections.abc import Collection, Mapping
@@ -30,7 +30,7 @@ FRESH = {
 """The families of meta-training (`experiments/configs/mixture.py`), with fresh tasks and seeds."""
 
 FEWER = {"num_tasks": 4}  # where a run takes long
-FEWEST = {"num_tasks": 3}  # where tasks differ little
+FEWEST = {"num_tasks": 3}  # of the largest networks and the longest runs
 REAL = {"num_tasks": 1, "num_steps": 2_000}  # 0.8 and 0.3 million parameters: for an accelerator
 REPARAMETRIZED = {"augmentation": {"reparametrization": (1e-3, 1e3)}}
 
