@@ -6,7 +6,6 @@ Interrupted, the same command goes on. With `--members=A,B` trainings that are t
 averaged instead.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -45,7 +44,8 @@ def main(argv):
   if len(argv) > 1 or NAME.value not in pretrained.SETTINGS:
     sys.exit(f"reproduce_pretrained.py: --name must be one of {', '.join(pretrained.SETTINGS)}")
   folder, members = Path(OUTPUT.value or f"runs/pretrained/{NAME.value}"), [lopt.load(x) for x in MEMBERS.value]
-  for i in range(1, 1 + (0 if members else len(pretrained.SETTINGS[NAME.value]))):
+  numbers = [] if members else range(1, len(pretrained.SETTINGS[NAME.value]) + 1)
+  for i in numbers:
     config = configuration.plain(pretrained.get_config(f"architecture={NAME.value},member={i}"))
     task, architecture = config.pop("task"), config.pop("architecture")
     members.append(lopt.meta_train(task, architecture, workdir=folder / f"member_{i}", **config).optimizer)
@@ -54,13 +54,14 @@ def main(argv):
     trained.export(path, members[0].theta, members[0].config, outer_steps=members[0].config["num_outer_steps"])
   else:
     average(members, path)
-  print(json.dumps(lopt.load(path).config["architecture"]))
   print(f"{path}: the average of {len(members)} trainings" if len(members) > 1 else f"{path}")
 
 
 if __name__ == "__main__":
   try:
     app.run(main)
+  except trained.LoadError as error:
+    sys.exit(f"reproduce_pretrained.py: --members: {error}")
   except interruption.InterruptedRun as error:
     print(f"\nreproduce_pretrained.py: {error}; the same command goes on", file=sys.stderr)
     sys.exit(error.exit_code)

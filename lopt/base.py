@@ -72,7 +72,8 @@ class LearnedOptimizer(NamedTuple):
   learning_rate: float | None = None
   """The largest of these: what recommended rates are stated by."""
   origin: str | None = None
-  """The section of a configuration that builds the same, as JSON; None where no section does."""
+  """The section of a configuration that builds the same, as JSON; None where no section does: whoever replaces
+  another field of an architecture sets it to None."""
 
 
 class UnrolledProblem(NamedTuple):
