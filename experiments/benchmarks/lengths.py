@@ -1,9 +1,11 @@
-"""Final losses of runs of several lengths, at several learning rates: trained optimizers and their θ = 0, no rivals.
+"""Final losses of runs of several lengths, at several learning rates: trained optimizers, their θ = 0, and rivals.
 
     python experiments/benchmarks/lengths.py --optimizers=tensor_mlp,runs/mine [--lengths=200,1000,4000]
+    python experiments/benchmarks/lengths.py --suite=real_size --families=transformer_language --lengths=2000 \
+      --baselines=muon,adamw --rates=0.001,0.003,0.01,0.03 --num_tasks=1 --num_seeds=1
 
 A quick look at a training that may be worth an evaluation: minutes, where `evaluate.py` takes an hour for long runs.
-All see the same tasks, first parameters and batches of the suite `fresh`. Printed for each family and length: the
+All see the same tasks, first parameters and batches of a suite. Printed for each family and length: the
 geometric mean over tasks of the final training loss at each task's best rate (and of the validation loss at its best
 one), that over all tasks at every rate, and the share of runs with a loss above the cap at every rate.
 """
@@ -15,17 +17,18 @@ import numpy as np
 from absl import app, flags
 
 import lopt
-from lopt import configuration
-from lopt.evaluation import inner_runs, suites
+from lopt.evaluation import baselines, inner_runs, suites
 from lopt.outer import parallel
 from lopt.runs import trained
 
 OPTIMIZERS = flags.DEFINE_list("optimizers", ["tensor_mlp"], "trained optimizers: names, files or work directories")
 LENGTHS = flags.DEFINE_list("lengths", ["200", "1000", "4000"], "inner steps")
-FAMILIES = flags.DEFINE_list("families", list(suites.FRESH), "of the suite fresh")
+SUITE = flags.DEFINE_enum("suite", "fresh", list(suites.ALL), "of the tasks")
+FAMILIES = flags.DEFINE_list("families", [], "of the suite; all where none is given")
+BASELINES = flags.DEFINE_list("baselines", [], "rivals, as of evaluate.py")
+RATES = flags.DEFINE_list("rates", ["0.0025", "0.005", "0.01", "0.02", "0.04", "0.08"], "learning rates")
 NUM_TASKS = flags.DEFINE_integer("num_tasks", 4, "tasks of each family", 1)
 NUM_SEEDS = flags.DEFINE_integer("num_seeds", 2, "runs of each task", 1)
-RATES = np.array([0.0025, 0.005, 0.01, 0.02, 0.04, 0.08])
 FLOOR = 1e-7  # losses of zero have no logarithm
 SEED = 77  # other tasks than those that `evaluate.py` reports
 
@@ -48,19 +51,25 @@ def main(argv):
   del argv
   parallel.setup()
   optimizers = {trained.name_of(path): lopt.load(path) for path in OPTIMIZERS.value}
-  print(f"| family | steps | optimizer | best | validation | at {', '.join(map(str, RATES))} | above the cap |")
+  rivals = {name: baselines.ALL[name]() for name in baselines.named(BASELINES.value)}
+  members = suites.build(SUITE.value, only=FAMILIES.value)
+  print(f"| family | steps | optimizer | best | validation | at {', '.join(RATES.value)} | above the cap |")
   print("|---|---:|---|---:|---:|---|---|")
-  for name in FAMILIES.value:
-    family = configuration.build("tasks", suites.FRESH[name], where=name)
+  for name, (family, _) in members.items():
     tasks = inner_runs.sample_tasks(family, SEED, inner_runs.HELD_OUT, NUM_TASKS.value)
     tasks, seeds = inner_runs.every_seed(tasks, NUM_SEEDS.value)
-    rates = np.broadcast_to(RATES, (len(seeds), len(RATES)))
+    rates = np.tile(np.array(RATES.value, float), (len(seeds), 1))
     build = inner_runs.build_train(family, num_held_out_batches=16)
+
+    runs = []  # what, how it trains, θ
     for label, optimizer in optimizers.items():
       train = build(inner_runs.at_rate(optimizer.architecture))  # one program for all lengths, and for θ = 0
-      thetas = {label: optimizer.theta, f"θ = 0 of {label}": jax.tree.map(np.zeros_like, optimizer.theta)}
-      for steps, (what, theta) in itertools.product(map(int, LENGTHS.value), thetas.items()):
-        print(f"| {name} | {steps:,} | {what} | {row(train(theta, rates, tasks, seeds, steps))} |", flush=True)
+      zero = jax.tree.map(np.zeros_like, optimizer.theta)
+      runs += [(label, train, optimizer.theta), (f"θ = 0 of {label}", train, zero)]
+    for label, rival in rivals.items():
+      runs.append((label, build(inner_runs.baseline(rival)), baselines.theta_at(1.0)))
+    for (label, train, theta), steps in itertools.product(runs, map(int, LENGTHS.value)):
+      print(f"| {name} | {steps:,} | {label} | {row(train(theta, rates, tasks, seeds, steps))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -98,17 +98,25 @@ class Member(NamedTuple):
   options: dict[str, Any]  # of `held_out.compare`: how many tasks and seeds, how many steps
 
 
-def build(name: str, *, seed: int | None = None) -> dict[str, Member]:
-  """The members of a suite, each with a seed of its own that comes from `seed`; None: the suites' default.
+def build(name: str, *, seed: int | None = None, only: Collection[str] = ()) -> dict[str, Member]:
+  """The members of a suite, or `only` some, each with a seed of its own that comes from `seed`.
+
+  Args:
+    name: Of `ALL`.
+    seed: None: the suites' default.
+    only: Names of members; none: all.
 
   Raises:
-    ConfigError: There is no such suite.
+    ConfigError: There is no such suite, or it has no such member.
   """
   if name not in ALL:
     raise configuration.ConfigError(f"suite: no {name!r}; there are: {', '.join(ALL)}")
   seeds = inner_runs.seeds_of_families(DEFAULTS["seed"] if seed is None else seed, ALL[name])
+  if unknown := [member for member in only if member not in ALL[name]]:
+    raise configuration.ConfigError(f"suite {name}: no {unknown[0]!r}; there are: {', '.join(ALL[name])}")
   members = {}
-  for member, section in ALL[name].items():
+  for member in only or ALL[name]:
+    section = ALL[name][member]
     own = {option: section[option] for option in ("num_steps", "num_tasks", "num_seeds") if option in section}
     task = {option: value for option, value in section.items() if option not in own}
     family = configuration.build("tasks", task, where=f"suites.{name}.{member}")
