@@ -28,16 +28,12 @@ import ml_collections
 from ml_collections import config_dict
 
 from lopt import checks, signatures
-from lopt.signatures import ConfigError, call, defaults
+from lopt.signatures import WRAPPERS, ConfigError, call, defaults
 
-__all__ = ["ConfigError", "call", "defaults"]  # and what follows
+__all__ = ["WRAPPERS", "ConfigError", "call", "defaults"]  # and what follows
 
 PACKAGES = {"architecture": "architectures", "task": "tasks", "estimator": "outer"}
 """Where the module that a section of a configuration names is found: lopt/<package>/<name>.py."""
-
-WRAPPERS = {"architectures": ("step_sizes", "safeguards", "direction"), "tasks": ("augmentation",)}
-"""Sections within those of a package, the innermost first, and the modules lopt/<package>/<name>.py whose `wrap` they
-are options of."""
 
 MIXTURE = "mixture"
 """The name of a task section that has several families."""

@@ -11,6 +11,10 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
+WRAPPERS = {"architectures": ("step_sizes", "safeguards", "direction"), "tasks": ("augmentation",)}
+"""Sections within those of a package, the innermost first, and the modules lopt/<package>/<name>.py whose `wrap` they
+are options of."""
+
 
 class ConfigError(ValueError):
   """A configuration that cannot be used; the message is one line and starts with the field."""

@@ -8,8 +8,7 @@ from typing import Any, TypeVar, cast
 from lopt import base, signatures
 
 Build = TypeVar("Build", bound=Callable[..., base.LearnedOptimizer])
-WRAPPERS = ("step_sizes", "safeguards", "direction")
-"""The order in which `lopt.configuration` applies them, the innermost first."""
+WRAPPERS = signatures.WRAPPERS["architectures"]
 
 
 def remembered(build: Build) -> Build:

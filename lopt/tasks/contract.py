@@ -105,6 +105,7 @@ def check_start(family: base.TaskFamily, name: str, loss_cap: float | None) -> N
     name: In the error.
     loss_cap: Normalised losses that count as diverged, beside the family's own.
   """
+  where = f"task family {name!r}"
 
   def first_loss(key: base.PRNGKey) -> base.Scalar:
     task_key, params_key, batch_key, loss_key = jax.random.split(key, 4)
@@ -114,15 +115,13 @@ def check_start(family: base.TaskFamily, name: str, loss_cap: float | None) -> N
     return family.normalize(loss, task)
 
   keys = jax.random.split(jax.random.key(0), 8)
-  losses = np.asarray(_of(f"task family {name!r}", "loss", lambda: jax.jit(jax.vmap(first_loss))(keys)))
+  losses = np.asarray(_of(where, "loss", lambda: jax.jit(jax.vmap(first_loss))(keys)))
   if np.isnan(losses).any():
-    raise ValueError(
-      f"task family {name!r}: loss: is NaN at the first parameters, for {np.isnan(losses).mean():.0%} of tasks"
-    )
+    raise ValueError(f"{where}: loss: is NaN at the first parameters, for {np.isnan(losses).mean():.0%} of tasks")
   cap = min(family.loss_cap, math.inf if loss_cap is None else loss_cap)
   if (median := float(np.median(losses))) >= cap:
     raise ValueError(
-      f"task family {name!r}: loss: is {median:.3g} at the first parameters (median of 8 tasks), and from {cap:g} it "
+      f"{where}: loss: is {median:.3g} at the first parameters (median of 8 tasks), and from {cap:g} it "
       "counts as diverged; give the family a `normalize` that makes it about 1, or raise loss_cap"
     )
 
