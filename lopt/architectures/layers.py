@@ -1,5 +1,6 @@
 """Networks in the layout that is fast for learned optimizers: features first, parameters last."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lopt.architectures import sharding
+from lopt.architectures import fused_mlp, sharding
 
 
 class LinearWeights(hk.Module):
@@ -29,6 +30,7 @@ def mlp(
   shared: Float[Array, " shared"],
   sizes: tuple[int, ...],
   zero_output: bool = False,
+  fused: bool = False,
 ) -> Float[Array, "outputs *n"]:
   """An MLP on each of the n parameters of a tensor: ReLU between the modules `layer_0`, `layer_1`, ...
 
@@ -43,20 +45,28 @@ def mlp(
     shared: Inputs without a copy for each parameter.
     sizes: Widths of the layers, the number of outputs last.
     zero_output: Whether the last layer's weights begin at zero.
+    fused: Whether an NVIDIA GPU computes it in one kernel; not for tensors that may have parts on several devices.
   """
   w, b = LinearWeights("layer_0")(len(rms) + len(shared), sizes[0])
   weights = [(w[: len(rms)] / rms[:, None], shared @ w[len(rms) :] + b)]
   for i, fans in enumerate(itertools.pairwise(sizes), start=1):
     weights.append(LinearWeights(f"layer_{i}")(*fans, jnp.zeros if zero_output and i == len(sizes) - 1 else None))
 
-  def network(*features: Float[Array, "_ *n"]) -> Float[Array, "outputs *n"]:
+  def network(weights: fused_mlp.Weights, *features: Float[Array, "_ *n"]) -> Float[Array, "outputs *n"]:
     h = jnp.concatenate(features)
     for i, (w, b) in enumerate(weights):
       h = product(w, jax.nn.relu(h) if i else h)
       h += b.reshape(-1, *[1] * (h.ndim - 1))
     return h
 
-  return by_blocks(network, *(features if isinstance(features, tuple) else (features,)))
+  def plain(weights: fused_mlp.Weights, *features: Float[Array, "_ *n"]) -> Float[Array, "outputs *n"]:
+    return by_blocks(functools.partial(network, weights), *features)
+
+  features = features if isinstance(features, tuple) else (features,)
+  if not fused or sharding.may_be_divided():
+    return plain(weights, *features)
+  outputs = fused_mlp.on_gpus(plain)(weights, *(x.reshape(len(x), -1) for x in features))
+  return outputs.reshape(len(outputs), *features[0].shape[1:])
 
 
 def product(w: Float[Array, "inputs outputs"], x: Float[Array, "inputs *n"]) -> Float[Array, "outputs *n"]:

@@ -36,6 +36,7 @@ def build(
   epsilon: float = 1e-12,
   time_scales: tuple[int, ...] = TIME_SCALES,
   zero_output: bool = False,
+  fused: bool = False,
 ) -> base.LearnedOptimizer:
   """One small MLP, applied to every inner parameter on its own.
 
@@ -61,7 +62,7 @@ def build(
     raise ValueError(f"hidden_sizes: needs one or more widths of at least 1, not {hidden_sizes}")
 
   net = hk.without_apply_rng(
-    hk.transform(functools.partial(layers.mlp, sizes=(*hidden_sizes, 2), zero_output=zero_output))
+    hk.transform(functools.partial(layers.mlp, sizes=(*hidden_sizes, 2), zero_output=zero_output, fused=fused))
   )
 
   def init(key: base.PRNGKey) -> base.Theta:
