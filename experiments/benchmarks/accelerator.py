@@ -2,9 +2,10 @@
 
     python experiments/benchmarks/accelerator.py [--only=throughput] [--output=runs/accelerator]
 
-Parts: throughput, kernels of an inner step, `make meta-train`, the two real-size checks, the report of what ships,
-tests of what devices could change. The file, results.json, is written anew after each part: a machine that is taken
-away takes nothing with it. At most 26 minutes, most of it compilation. Without a network, set LOPT_MANUAL_DIR.
+Parts: throughput; the kernels of an inner step, with `mlp`'s network in one of them; what that changes of updates;
+`make meta-train`; the two real-size checks; the report of what ships; tests of what devices could change. The file,
+results.json, is written anew after each part: a machine that is taken away takes nothing with it. At most 28 minutes,
+most of it compilation. Without a network, set LOPT_MANUAL_DIR.
 """
 
 import json
@@ -27,7 +28,27 @@ OUTPUT = flags.DEFINE_string("output", "runs/accelerator", "Folder of results.js
 
 EXPERIMENTS = Path(__file__).parent.parent
 BENCHMARKS = EXPERIMENTS / "benchmarks"
-PROFILED = "mlp/mlp8/64/20"  # architecture, task, pairs, inner steps in an outer step
+PROFILED = "fused_mlp/mlp8/64/20"  # architecture, task, pairs, inner steps in an outer step
+
+# The largest difference that the kernel of `mlp` makes to an update, relative to the update, over three steps.
+FUSED = """
+import jax, jax.numpy as jnp, optax
+from lopt.architectures import mlp
+params = {"w": jax.random.normal(jax.random.key(0), (300, 70)), "b": jnp.zeros(70)}
+def steps(**options):
+  optimizer = mlp.build(**options)
+  tx = optimizer.transform(optimizer.init(jax.random.key(1)), 100)
+  p, state = params, tx.init(params)
+  for key in jax.random.split(jax.random.key(2), 3):
+    gradients = jax.tree.map(lambda x: jax.random.normal(key, x.shape), p)
+    updates, state = jax.jit(tx.update)(gradients, state, p)
+    p = optax.apply_updates(p, updates)
+  return updates
+with jax.default_matmul_precision("highest"):
+  plain = steps()
+fused = steps(fused=True)
+print(jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(x))), plain, fused))
+"""
 
 
 class Part(NamedTuple):
@@ -48,11 +69,12 @@ def parts(folder: Path) -> dict[str, Part]:
   real_size = ["--suite=real_size", f"--output={folder / 'real_size'}"]
   return {
     "devices": Part(60, ["-c", "import jax; print(jax.__version__, jax.devices())"]),
-    "throughput": Part(240, [*throughput, "--only=^(mlp|tensor_mlp|adafactor_mlp)/mlp8/64/20$"], _lines),
+    "throughput": Part(240, [*throughput, "--only=^(mlp|fused_mlp|tensor_mlp|adafactor_mlp)/mlp8/64/20$"], _lines),
     "kernels": Part(90, [BENCHMARKS / "throughput.py", f"--case={PROFILED}", "--profile"], _kernels),
     "meta-train": Part(240, [EXPERIMENTS / "meta_train.py", *digits]),
     "real size": Part(400, [evaluate, *options, *real_size]),
     "report": Part(300, [evaluate, *options, *report]),
+    "fused": Part(120, ["-c", FUSED]),
     "tests": Part(240, ["-m", "pytest", "-q", tests / "outer/test_identities.py", tests / "test_drop_in.py"]),
   }
 
