@@ -39,7 +39,7 @@ TASKS = {
   # Digits enlarged: the arithmetic is that of real images of this size.
   "mlp28": {**IMAGES, "resolution": 28, "hidden_sizes": (128, 128), "batch_size": 128},
 }
-ARCHITECTURES = {name: {"name": name} for name in configuration.choices("architectures")}
+ARCHITECTURES: dict[str, dict[str, Any]] = {name: {"name": name} for name in configuration.choices("architectures")}
 ARCHITECTURES["fused_mlp"] = {"name": "mlp", "fused": True}  # other than mlp on NVIDIA GPUs only
 CASES = [
   f"{architecture}/{task}/{pairs}/{unroll_length}"
