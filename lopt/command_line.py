@@ -56,6 +56,8 @@ def _exit_with_one_line(program: str) -> Iterator[None]:
   try:
     yield
   except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    while isinstance(error.args[-1], Exception):  # ml_collections wraps its own
+      error = error.args[-1]
     text = str(error.args[-1]).strip()
     if isinstance(error, (AttributeError, KeyError)):  # how ml_collections says so
       line = f"the configuration has no such field: {' '.join(text.split())}"

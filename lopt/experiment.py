@@ -58,7 +58,7 @@ def build(
   checkpoint: Section = SECTIONS["checkpoint"],
   initial: str | None = None,
   trainable: tuple[str, ...] = (),
-  late_power: float = 2.0,
+  late_power: float | None = None,
   precision: inner_training.Precision = "float32",
   loss_cap: float | None = 10.0,
   log_floor: float | None = 1e-3,
@@ -86,6 +86,7 @@ def build(
   checks.counts(num_outer_steps=num_outer_steps, log_every=log_every)
   if not 0 <= seed < 2**32:
     raise ValueError(f"seed: must be in 0..{2**32 - 1}, not {seed}")
+  late_power = _late_power(late_power, objective)
   if late_power and objective == "final_loss":  # which is a sum of differences that weights would spoil
     raise ValueError(f"late_power: must be 0 where objective is 'final_loss', not {late_power}")
   sections = {
@@ -146,6 +147,7 @@ def complete(config: Section) -> dict[str, Any]:
   """
   full = {**configuration.defaults(build), **config}
   full |= {name: _filled(name, full[name]) for name in SECTIONS}
+  full["late_power"] = _late_power(full["late_power"], full["objective"])
   for field, package in configuration.PACKAGES.items():
     section, where = full[field], f"config.{field}"
     if section["name"] == configuration.MIXTURE:
@@ -163,6 +165,11 @@ def complete(config: Section) -> dict[str, Any]:
   }.items():
     full[field] = {**configuration.defaults(function), **full[field]}
   return configuration.plain(full)
+
+
+def _late_power(given: float | None, objective: str) -> float:
+  """Q of the losses' weights; where none is given, that of the objective."""
+  return given if given is not None else 0.0 if objective == "final_loss" else 2.0
 
 
 def _filled(name: str, section: Any) -> Section:

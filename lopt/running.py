@@ -6,6 +6,7 @@ the same θ, bit for bit, as one that was not.
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,15 +14,12 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from lopt import base, checks, configuration, experiment
+from lopt import base, checks, configuration, experiment, signatures
 from lopt.evaluation import comparison, held_out, inner_runs, pictures, report
 from lopt.experiment import Experiment, Section
 from lopt.outer import meta_training, parallel
 from lopt.runs import checkpoints, files, lock, tracking, trained
 from lopt.tasks import contract
-
-DIRECTION = {"step_multiplier": 0.3, "zero_output": True, "direction": {"learning_rate": 2e-2}}
-"""What makes a learned direction of an architecture."""
 
 OnStep = Callable[[int, Mapping[str, float]], None]
 
@@ -63,15 +61,17 @@ def meta_train(
 
   Args:
     families: Of the tasks: one; several (a mixture), with names or without; or the section of a configuration.
-    architecture: A section such as `{"name": "mlp", "hidden_sizes": (16,)}`; a name alone, which is the learned
-      direction of that architecture; or a LearnedOptimizer. The file of one that is not lopt's own is read by
-      `lopt.load(workdir, architecture=...)`.
+    architecture: A name, which stands for the learned direction of that architecture; a section such as
+      `{"name": "mlp", "hidden_sizes": (16,)}` or a LearnedOptimizer such as `lopt.architectures.mlp.build()`, which
+      are taken as they are: without a direction, they decide on their step sizes themselves. The file of one that is
+      not lopt's own is read by `lopt.load(workdir, architecture=...)`.
     workdir: Where the run is kept, and continued from. A configuration is compared with the one kept there. Families
       and architectures that are objects cannot be: one that you have changed, with arrays of the same shapes, goes
       on as if it were the old one. Give it another work directory.
     wandb: Weights & Biases: 'online', 'offline', 'disabled', or 'auto', which is online when logged in.
     max_dead_steps: Outer steps in a row without anything to learn from that end the run; None: go on.
-    on_step: Called with `(outer steps taken, metrics)` at each record of the metrics.
+    on_step: Called with `(outer steps taken, metrics)` at each record of the metrics: after every outer step with
+      `log_every=1`.
     **settings: Fields of the configuration, such as `num_outer_steps`, `estimator={"name": "es"}` or `seed`; see
       `experiments/configs/digits.py`. What is left out is as there, also within a section.
 
@@ -86,19 +86,24 @@ def meta_train(
   with contextlib.suppress(RuntimeError):  # JAX has begun already, with the devices that it has
     parallel.setup()
   if isinstance(architecture, str):
-    architecture = {"name": architecture, **DIRECTION}
+    architecture = direction_of(architecture)
   stored = {**settings, "architecture": architecture, "task": families}  # what stands in config.json
   if isinstance(architecture, base.LearnedOptimizer):
     stored["architecture"] = json.loads(architecture.origin or "null") or {"name": configuration.OWN}
   elif not isinstance(architecture, Mapping):
     raise configuration.ConfigError(
-      f"architecture: {checks.printable(repr(architecture))} is none; give a name such as 'mlp', a section such as "
-      "{'name': 'mlp'}, or a LearnedOptimizer such as lopt.architectures.mlp.build()"
+      f"architecture: {checks.printable(repr(architecture))} is not an architecture; give a name such as 'mlp', a "
+      "section such as {'name': 'mlp'}, or a LearnedOptimizer such as lopt.architectures.mlp.build(); to start from "
+      "a trained optimizer, initial=<its file>"
     )
   if "task" in settings:
     raise configuration.ConfigError("task: is given as the first argument, families")
   if on_step is not None and not callable(on_step):
-    raise configuration.ConfigError(f"on_step: {on_step!r} is no function of (step, metrics)")
+    raise configuration.ConfigError(f"on_step: {on_step!r} is not a function of (step, metrics)")
+  if max_dead_steps is not None:
+    checks.counts(max_dead_steps=max_dead_steps)
+  if not isinstance(workdir, (str, os.PathLike)):
+    raise configuration.ConfigError(f"workdir: {workdir!r} is not the path of a folder")
   task: Any = families
   if not (isinstance(families, Mapping) and isinstance(families.get("name"), str)):
     task = {name: (family, 1.0) for name, family in contract.named(families, "family").items()}
@@ -118,6 +123,18 @@ def meta_train(
       on_step=on_step,
     )
   return Run(trained.load(workdir, architecture=built.architecture), comparisons or {}, workdir)
+
+
+def direction_of(name: str) -> dict[str, Any]:
+  """The section of the learned direction of one of lopt's architectures.
+
+  Raises:
+    ConfigError: There is no such architecture.
+  """
+  build = configuration.module("architectures", name, where="architecture").build
+  options = {"step_multiplier": 0.3, "zero_output": True}
+  own = {option: value for option, value in options.items() if option in signatures.options_of(build)}
+  return {"name": name, **own, "direction": {"learning_rate": 2e-2}}
 
 
 def claim(workdir: Path, config: Section) -> None:
@@ -197,7 +214,7 @@ def _complete(
   path = workdir / trained.FILENAME
   trained.export(path, theta, config, outer_steps=experiment.num_outer_steps)
   options = {"seed": experiment.seed, "progress": lambda stage: print(f"evaluation: {stage}", flush=True)}
-  options |= experiment.evaluation
+  options |= {**experiment.evaluation, "cache_folder": workdir / "cache"}
   seeds = inner_runs.seeds_of_families(options.pop("seed"), experiment.families)
   comparisons = {
     name: held_out.compare(family, {"learned": (experiment.architecture, theta)}, seed=seeds[name], **options)

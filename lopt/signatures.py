@@ -6,6 +6,7 @@ Every problem is a `ConfigError` of one line that starts with the field.
 import contextlib
 import difflib
 import inspect
+import numbers
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -107,10 +108,11 @@ def _convert(value: Any, annotation: Any) -> Any:
       return tuple(map(_convert, value, arguments))
     ok = False
   elif annotation is float:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    ok = isinstance(value, numbers.Real) and not isinstance(value, bool)
     value = float(value) if ok else value
   elif annotation is int:
-    ok = isinstance(value, int) and not isinstance(value, bool)
+    ok = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    value = int(value) if ok else value
   elif annotation in (bool, str, types.NoneType):
     ok = isinstance(value, annotation)
   else:

@@ -196,7 +196,7 @@ def test_a_run_from_python_is_that_of_the_script(tmp_path):
   of_script = experiment.complete(configuration.plain(config))
   of_python = experiment.complete(
     {
-      "architecture": {"name": "tensor_mlp", "hidden_size": 4, **running.DIRECTION},
+      "architecture": {"name": "tensor_mlp", "hidden_size": 4, **running.direction_of("tensor_mlp")},
       "task": {"name": "quadratic", "dimension": 3},
       "num_outer_steps": 4,
       "log_every": 2,

@@ -13,20 +13,26 @@ from lopt.evaluation.tables import Measured
 from lopt.runs import files
 
 
-def table_of_all(comparisons: Mapping[str, Comparison]) -> str:
+def table_of_all(comparisons: Mapping[str, Comparison], *, full: bool = False) -> str:
   """Summaries of all optimizers over all tasks in Markdown; then, of several comparisons, each one's speed-ups.
 
   Measures are defined in `comparison.Measures` and `comparison.Summary`.
+
+  Args:
+    comparisons: By the families' names.
+    full: Whether all columns are there, also those for which a terminal has no room.
   """
   measured = comparison.measure(comparisons)
   first = next(iter(comparisons.values()))
   steps = sorted({c.num_steps for c in comparisons.values()})
   total = sum(len(c.tasks) for c in comparisons.values())
+  table = tables.summary_table(comparisons, measured)
   lines = [
-    f"{total} held-out tasks, {first.num_seeds} seeds, {', '.join(map(str, steps))} steps. Speed-ups and ratios: "
-    f"interquartile means over tasks with 95% intervals; others: means. {METHOD}",
+    f"{tables.counted(total, 'held-out task')}, {tables.counted(first.num_seeds, 'seed')}, "
+    f"{', '.join(map(str, steps))} steps.",
+    METHOD,
     "",
-    *tables.markdown(tables.summary_table(comparisons, measured)),
+    *tables.markdown(table if full else tables.brief(table)),
   ]
   if len(comparisons) > 1:
     by_family = {title: {title: own} for title, own in measured.items()}
@@ -34,10 +40,9 @@ def table_of_all(comparisons: Mapping[str, Comparison]) -> str:
   return "\n".join(lines)
 
 
-METHOD = (
-  "Speed-up: the steps that a rival, tuned for the task and with a schedule that ends there, needs to the same final "
-  "training loss."
-)
+METHOD = """Over a rival: how many times as many steps it needs to the same final training loss, tuned for the task,
+with a schedule that ends there. Interquartile means over tasks, 95% intervals; "2 ≥" and "2 ≤": of 2 tasks the number
+is a bound. Other columns are means."""
 
 
 def verdict_of_all(comparisons: Mapping[str, Comparison], name: str) -> str:
@@ -45,10 +50,11 @@ def verdict_of_all(comparisons: Mapping[str, Comparison], name: str) -> str:
   measured = comparison.measure(comparisons)
   row = (name, EACH) if (name, EACH) in next(iter(measured.values())) else (name, NONE)
   s = summarize([own[row] for own in measured.values()])
-  rivals = [f"{tables.over(r)} takes {tables.interval(x)} times as many steps" for r, x in s.speed_up.items()]
+  rivals = [f"{tables.over(r)} takes {tables.in_words(s, r)} times as many steps" for r in s.speed_up]
   how = "with each task's best learning rate, " if row[1] == EACH else ""
+  tasks = tables.counted(s.num_tasks, "held-out task")
   return (
-    f"{name}, {how}over {s.num_tasks} held-out tasks: to the loss that it ends with, {', '.join(rivals)} "
+    f"{name}, {how}over {tasks}: to the loss that it ends with, {', '.join(rivals)} "
     f"(interquartile means). {tables.percent(s.slower[BEST])} of the tasks are more than 10% slower than the best "
     f"baseline of each; {tables.percent(s.diverged)} of the runs diverged."
   )
@@ -115,7 +121,7 @@ def write_all(comparisons: Mapping[str, Comparison], folder: str | os.PathLike[s
   folder = Path(folder)
   measured = comparison.measure(comparisons)
   files.write_atomically(folder / "comparison.json", to_json(comparisons))
-  files.write_atomically(folder / "comparison.md", table_of_all(comparisons) + "\n")
+  files.write_atomically(folder / "comparison.md", table_of_all(comparisons, full=True) + "\n")
   if len(comparisons) == 1:
     ((title, only),) = comparisons.items()
     figure = pictures.training_curves(only, measured[title])

@@ -30,6 +30,18 @@ def rows_of(measured: Measured) -> list[Row]:
   return [row for row in first if all(row in other for other in others)]
 
 
+BRIEF = ("optimizer", "learning rate", "speed-up", "slower", "final loss", "test accuracy", "diverged")
+"""How the columns begin that a terminal has room for."""
+
+
+def brief(table: Sequence[Sequence[str]]) -> list[list[str]]:
+  """What people look at first of a `summary_table`; of its speed-ups those in steps."""
+  header = table[0]
+  left_out = ("final loss ÷", "speed-up in time")
+  kept = [i for i, title in enumerate(header) if title.startswith(BRIEF) and not title.startswith(left_out)]
+  return [[row[i].replace("speed-up ", "") if row is header else row[i] for i in kept] for row in table]
+
+
 def summary_table(comparisons: Mapping[str, Comparison], measured: Measured) -> list[list[str]]:
   """One optimizer and tuning a row, over all tasks of some comparisons; the first row is the header."""
   everyone = list(comparisons.values())
@@ -133,6 +145,18 @@ def interval(value: Interval) -> str:
 def speed_up(value: SpeedUp) -> str:
   """Of one task, with a mark where it is a bound."""
   return f"{value.bound}{' ' if value.bound else ''}{value.value:.2f}×"
+
+
+def in_words(s: Summary, rival: str) -> str:
+  """How many times as many steps a rival takes, as part of a sentence."""
+  everywhere = {"at most ": s.at_most[rival], "at least ": s.at_least[rival]}
+  bound = next((words for words, count in everywhere.items() if count == s.num_tasks), "")
+  return f"{bound}{interval(s.speed_up[rival])}"
+
+
+def counted(number: int, what: str) -> str:
+  """A number of things."""
+  return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _counted(s: Summary, rival: str) -> str:

@@ -72,7 +72,8 @@ class TrainedOptimizer(NamedTuple):
         is given; or an optimizer that decides on its steps by itself is given a learning rate or weight decay.
     """
     if num_steps is not None and not isinstance(num_steps, Tracer) and not _is_count(num_steps):
-      raise ValueError(f"num_steps: {num_steps!r} is not a number of training steps; it must be at least 1")
+      hint = f"; did you mean learning_rate={num_steps!r}?" if isinstance(num_steps, float) and num_steps > 0 else ""
+      raise ValueError(f"num_steps: {num_steps!r} is not a number of training steps; it must be at least 1{hint}")
     if self.learning_rate is None:
       if learning_rate is not None or weight_decay:
         raise ValueError(f"{'weight_decay' if learning_rate is None else 'learning_rate'}: {_NO_DIRECTION}")

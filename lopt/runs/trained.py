@@ -18,6 +18,7 @@ it is checked before memory or time is spent on it.
 
 import json
 import math
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lopt import checks, configuration
+from lopt import checks, configuration, signatures
 from lopt.base import LearnedOptimizer, Theta
 from lopt.outer import meta_parameters
 from lopt.runs.drop_in import TrainedOptimizer
@@ -98,13 +99,20 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   Raises:
     LoadError: no such file, not a trained optimizer, damaged, or of a format version unknown here.
   """
+  if not isinstance(path, (str, os.PathLike)):
+    raise LoadError(
+      f"{checks.printable(repr(path))}: is not a path, nor the name of an optimizer that comes with lopt"
+    )
   if path in pretrained():
     path = PRETRAINED / f"{path}.safetensors"
   path = Path(path)
   try:
     path = path / FILENAME if path.is_dir() else path
     if not path.is_file():
+      if (path.parent / "config.json").is_file() and path.name == FILENAME:
+        raise _refusal(path, "no such file yet: its run has not ended; the command that began it goes on with it")
       known = f"a trained optimizer, a folder with {FILENAME}, or one that comes with lopt: {', '.join(pretrained())}"
+      known = f"{signatures.did_you_mean(path.name, pretrained())}{known}"
       raise _refusal(path, f"no such file; expected {known}")
     if (size := path.stat().st_size) > _MAX_BYTES:
       raise _refusal(path, f"has {size:,} bytes, and a trained optimizer at most {_MAX_BYTES:,}")

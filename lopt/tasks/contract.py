@@ -23,8 +23,11 @@ def named(families: Any, word: str) -> dict[str, base.TaskFamily]:
   """
   if isinstance(families, base.TaskFamily):
     return {word: families}
-  if not isinstance(families, Iterable):
-    raise ValueError(f"families: must be a lopt.base.TaskFamily or several, not {type(families).__name__}")
+  if not isinstance(families, Iterable) or isinstance(families, str):
+    raise ValueError(
+      f"families: must be a lopt.base.TaskFamily or several, not {families!r:.80}; lopt has such as "
+      "lopt.tasks.mlp_classifier.build(dataset='digits')"
+    )
   by_name = families
   if not isinstance(by_name, Mapping):
     listed = list(families)
@@ -55,6 +58,8 @@ def check(family: base.TaskFamily, name: str) -> None:
     )
   _of(where, "sample", lambda: jax.eval_shape(family.sample, keys[0]))
   params = _of(where, "init", lambda: jax.eval_shape(_arrays_only(family.init), keys[2], tasks[0]))
+  if not jax.tree.leaves(params):
+    raise ValueError(f"{where}: init: has no parameters to train")
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise ValueError(
@@ -83,6 +88,9 @@ def check(family: base.TaskFamily, name: str) -> None:
     loss, metrics = result
     if not isinstance(metrics, Mapping):
       raise ValueError(f"{where}: loss: metrics must be a dict of arrays by name, not {_shapes(metrics)}")
+    for metric, value in metrics.items():
+      if getattr(value, "shape", None) != ():
+        raise ValueError(f"{where}: loss: the metric {metric!r} must be a scalar, not {_shapes(value)}; take a mean?")
     if not hasattr(loss, "shape"):  # a tree
       raise ValueError(f"{where}: loss: must be a float scalar, not {_shapes(loss)}")
     if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):

@@ -65,7 +65,7 @@ def cells(markdown):
 
 
 def test_the_summary_says_what_was_measured():
-  header, _, *rows = cells(report.table_of_all({"mlp": make()}))
+  header, _, *rows = cells(report.table_of_all({"mlp": make()}, full=True))
   rows = {(row[0], row[1]): dict(zip(header, row, strict=True)) for row in rows}
   mine = rows["mine", EACH]
   assert mine["speed-up over tuned AdamW"] == "4 (4 to 4)"
@@ -79,7 +79,11 @@ def test_the_summary_says_what_was_measured():
   assert rows["Lion", EACH]["step time"] == "–"
   assert rows["mine", "recommended"]["÷ at each task's rate"] == "1"
   assert len(rows) == 3 + 1 + 3 + 3 * 2
-  assert "step time" not in report.table_of_all({"mlp": make(timed=False)})
+  assert "step time" not in report.table_of_all({"mlp": make(timed=False)}, full=True)
+  assert cells(report.table_of_all({"mlp": make()}))[0] == [
+    *("optimizer", "learning rate", "over tuned AdamW", "over the best baseline", "over θ = 0"),
+    *("slower than the best", "final loss", "test accuracy", "diverged"),
+  ]
 
 
 def test_several_comparisons_are_told_one_by_one_too():
@@ -99,7 +103,9 @@ def test_one_sentence():
   assert "tuned AdamW takes 4 (4 to 4) times as many steps" in text
   assert "the best baseline takes 2 (2 to 2) times as many steps" in text
   assert "θ = 0 takes 1.6 (1.6 to 1.6) times as many steps" in text
-  assert report.verdict_of_all({"mlp": make()}, "old").startswith("old, over 3 held-out tasks")
+  old = report.verdict_of_all({"mlp": make()}, "old")
+  assert old.startswith("old, over 3 held-out tasks")
+  assert "θ = 0 takes at most 0.5 (0.5 to 0.5) times as many steps" in old
 
 
 def test_single_tasks_escape_bars_and_mark_ends_of_the_grid():
@@ -122,7 +128,7 @@ def test_files(tmp_path):
   assert own["mine"]["measures"][EACH][0]["final_loss"] == pytest.approx(0.05)
   assert own["mine"]["role"] == "learned"
   assert own["AdamW"]["ladders"][0] == pytest.approx({"0.5": 0.4, "1.0": 0.2, "2.0": 0.1, "4.0": 0.05})
-  assert (tmp_path / "comparison.md").read_text() == report.table_of_all({"mlp": make()}) + "\n"
+  assert (tmp_path / "comparison.md").read_text() == report.table_of_all({"mlp": make()}, full=True) + "\n"
   for name in ("comparison.png", "learning_rates.png"):
     assert image.imread(tmp_path / name).shape[1] > 500
   assert report.write_all(SUITES["fresh"], tmp_path).exists()
