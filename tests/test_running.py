@@ -143,6 +143,11 @@ def test_what_python_builds_has_the_section_that_builds_it():
     ({"loss": lambda params, key, batch, task: (1.0, {})}, r"result\[0\] is the Python number 1\.0"),
     ({"loss": lambda params, batch: (jnp.mean(batch[1]), {})}, "loss: TypeError.*positional arguments"),
     ({"init": lambda key, task: {"w": jnp.zeros(3), "b": 0.0}}, r"init.*result\['b'\] is the Python number 0\.0"),
+    ({"init": lambda key, task: {}}, "init: has no parameters to train"),
+    (
+      {"loss": lambda params, key, batch, task: (jnp.mean(batch[1]), {"acc": batch[1]})},
+      r"loss: the metric 'acc' must be a scalar, not float32\[8\]",
+    ),
     ({"init": lambda key, task: {"w": jnp.zeros(3, jnp.int32)}}, r"init: the parameter \['w'\] is of type int32"),
     ({"batch": lambda key, task, split: np.asarray(task)}, "batch.*inside compiled code"),
     ({"batch": lambda key, task, split: (task[0], task) if task[0] > 0 else task}, "batch.*inside compiled code"),
@@ -180,11 +185,26 @@ def test_a_family_with_a_mistake_is_refused_before_anything_is_compiled(tmp_path
     ({"estimator": {"name": "pes", "sigmma": 0.1}}, r"config\.estimator\.sigmma: unknown field"),
     ({"estimator": {"name": "pse"}}, r"config\.estimator\.name"),
     ({"task": {"name": "quadratic"}}, "task: is given as the first argument, families"),
+    ({"max_dead_steps": 0}, "max_dead_steps: must be at least 1, not 0"),
   ],
 )
 def test_a_setting_with_a_mistake_is_refused(tmp_path, settings, message):
   with pytest.raises(ValueError, match=message):
     lopt.meta_train(regression(), workdir=tmp_path / "run", **settings)
+
+
+@pytest.mark.parametrize("name", configuration.choices("architectures"))
+def test_a_name_alone_is_a_learned_direction(name):
+  built = configuration.build("architectures", running.direction_of(name), where="architecture")
+  assert built.learning_rate == 0.02
+
+
+def test_losses_count_alike_where_the_objective_is_the_final_one():
+  config = {"architecture": {"name": "mlp"}, "task": {"name": "quadratic"}}
+  assert experiment.complete({**config, "objective": "final_loss"})["late_power"] == 0
+  assert experiment.complete(config)["late_power"] == 2
+  with pytest.raises(ValueError, match="late_power: must be 0"):
+    lopt.meta_train(regression(), workdir="unused", objective="final_loss", late_power=1.0)
 
 
 def test_a_run_from_python_is_that_of_the_script(tmp_path):
@@ -254,12 +274,19 @@ def test_evaluation_of_nothing_or_with_what_is_not_there_is_refused():
 
 MISTAKES = """
 import lopt, optax
+from lopt.runs.trained import LoadError
 family, shipped = lopt.tasks.quadratic.build(), lopt.load("tensor_mlp")
 for call in (
   lambda: lopt.meta_train(family, workdir="run", estimator="es"),
   lambda: lopt.meta_train(family, workdir="run", horizon=100),
   lambda: lopt.meta_train(family, None, workdir="run"),
   lambda: lopt.meta_train(family, workdir="run", on_step=3),
+  lambda: lopt.meta_train(family, shipped, workdir="run"),
+  lambda: lopt.meta_train(family, workdir=None),
+  lambda: lopt.meta_train("mlp_classifier", workdir="run"),
+  lambda: lopt.load(3),
+  lambda: lopt.load("tensor_mpl"),
+  lambda: shipped(1e-2),
   lambda: lopt.evaluate(shipped, family),
   lambda: lopt.evaluate([shipped], family),
   lambda: lopt.evaluate({"mine": "tensor_mlp"}, family),
@@ -271,7 +298,7 @@ for call in (
 ):
   try:
     call()
-  except ValueError as error:
+  except (ValueError, LoadError) as error:
     print(error)
 """
 
@@ -285,8 +312,14 @@ def test_arguments_of_other_types_are_refused_in_one_line(tmp_path, environment)
   expected = [
     "config.estimator: 'es' is not a section, such as {'name': 'pes'",
     "config.horizon: 100 is not a section, such as {'minimum': 50",
-    "architecture: None is none; give a name such as 'mlp'",
-    "on_step: 3 is no function of (step, metrics)",
+    "architecture: None is not an architecture; give a name such as 'mlp'",
+    "on_step: 3 is not a function of (step, metrics)",
+    "architecture: TrainedOptimizer(tensor_mlp, 1,308 meta-parameters, learning_rate=0.02) is not an architecture",
+    "workdir: None is not the path of a folder",
+    "families: must be a lopt.base.TaskFamily or several, not 'mlp_classifier'",
+    "3: is neither a path nor the name",
+    "tensor_mpl: no such file; did you mean 'tensor_mlp'? expected",
+    "num_steps: 0.01 is not a number of training steps; it must be at least 1; did you mean learning_rate=0.01?",
     *["optimizers: give them by name, such as"] * 2,
     "optimizers: 'mine' is of type str, no trained optimizer",
     "optimizers: 'mine' is of type GradientTransformationExtraArgs, no trained optimizer",

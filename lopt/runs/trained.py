@@ -101,7 +101,7 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   """
   if not isinstance(path, (str, os.PathLike)):
     raise LoadError(
-      f"{checks.printable(repr(path))}: is not a path, nor the name of an optimizer that comes with lopt"
+      f"{checks.printable(repr(path))}: is neither a path nor the name of an optimizer that comes with lopt"
     )
   if path in pretrained():
     path = PRETRAINED / f"{path}.safetensors"
@@ -112,8 +112,7 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
       if (path.parent / "config.json").is_file() and path.name == FILENAME:
         raise _refusal(path, "no such file yet: its run has not ended; the command that began it goes on with it")
       known = f"a trained optimizer, a folder with {FILENAME}, or one that comes with lopt: {', '.join(pretrained())}"
-      known = f"{signatures.did_you_mean(path.name, pretrained())}{known}"
-      raise _refusal(path, f"no such file; expected {known}")
+      raise _refusal(path, f"no such file; {signatures.did_you_mean(path.name, pretrained())}expected {known}")
     if (size := path.stat().st_size) > _MAX_BYTES:
       raise _refusal(path, f"has {size:,} bytes, and a trained optimizer at most {_MAX_BYTES:,}")
     with path.open("rb") as file:

@@ -24,8 +24,9 @@ def named(families: Any, word: str) -> dict[str, base.TaskFamily]:
   if isinstance(families, base.TaskFamily):
     return {word: families}
   if not isinstance(families, Iterable) or isinstance(families, str):
+    given = repr(families) if isinstance(families, str) else type(families).__name__
     raise ValueError(
-      f"families: must be a lopt.base.TaskFamily or several, not {families!r:.80}; lopt has such as "
+      f"families: must be a lopt.base.TaskFamily or several, not {given}; lopt has such as "
       "lopt.tasks.mlp_classifier.build(dataset='digits')"
     )
   by_name = families
