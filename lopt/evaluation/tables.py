@@ -38,7 +38,8 @@ def brief(table: Sequence[Sequence[str]]) -> list[list[str]]:
   """What people look at first of a `summary_table`; of its speed-ups those in steps."""
   header = table[0]
   left_out = ("final loss ÷", "speed-up in time")
-  kept = [i for i, title in enumerate(header) if title.startswith(BRIEF) and not title.startswith(left_out)]
+  known = [any(cell != "–" for cell in column) for column in zip(*table[1:], strict=True)]
+  kept = [i for i, x in enumerate(header) if x.startswith(BRIEF) and not x.startswith(left_out) and known[i]]
   return [[row[i].replace("speed-up ", "") if row is header else row[i] for i in kept] for row in table]
 
 
