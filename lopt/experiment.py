@@ -168,7 +168,7 @@ def complete(config: Section) -> dict[str, Any]:
 
 
 def _late_power(given: float | None, objective: str) -> float:
-  """Q of the losses' weights; where none is given, that of the objective."""
+  """The power of the losses' weights: what is given, else what suits the objective."""
   return given if given is not None else 0.0 if objective == "final_loss" else 2.0
 
 

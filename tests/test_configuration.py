@@ -296,6 +296,7 @@ def test_every_option_is_a_flag(script):
       [DIGITS, "--config.estimator.num_pairs=1.5"],
       "flag --config.estimator.num_pairs=1.5: invalid literal for int",
     ),
+    ([DIGITS, "--config.task.datset=mnist"], "no such field: 'datset' Did you mean \"dataset\""),
     (["--config.taks.dataset=mnist"], "no such field: 'taks' Did you mean \"task\""),
     (["--config.estimator.sigma=x"], "flag --config.estimator.sigma=x: could not convert string to float: 'x'"),
     (["--config=nowhere.py"], "No such file or directory: 'nowhere.py'"),

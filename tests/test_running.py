@@ -71,6 +71,10 @@ def test_meta_train_interrupt_go_on_evaluate(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, cut.optimizer.theta, whole.optimizer.theta)
   jax.tree.map(np.testing.assert_array_equal, lopt.load(tmp_path / "cut").theta, whole.optimizer.theta)
   assert {"learned", "AdamW"} <= set(whole.comparisons["family"].roles)
+  kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "whole" / "cache").iterdir()}
+  again = lopt.meta_train(regression(), workdir=tmp_path / "whole", **SMALL)
+  jax.tree.map(np.testing.assert_array_equal, again.optimizer.theta, whole.optimizer.theta)
+  assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "whole" / "cache").iterdir()} != {}
   params = {"w": jnp.ones(3)}
   tx = cut.optimizer(learning_rate=optax.constant_schedule(0.1))
   updates, _ = tx.update(params, tx.init(params), params)

@@ -2,9 +2,9 @@
 
     python experiments/benchmarks/accelerator.py [--only=throughput] [--output=runs/accelerator]
 
-Parts: throughput; the kernels of an inner step, with `mlp`'s network in one of them; what that changes of updates;
-`make meta-train`; the two real-size checks; the report of what ships; tests of what devices could change. The file,
-results.json, is written anew after each part: a machine that is taken away takes nothing with it. At most 28 minutes,
+Parts: throughput; the kernels of an inner step, also with `mlp`'s network in one of them; `make meta-train`; the two
+real-size checks; the report of what ships; tests of that kernel, and of what devices could change. The file,
+results.json, is written anew after each part: a machine that is taken away takes nothing with it. At most 32 minutes,
 most of it compilation. Without a network, set LOPT_MANUAL_DIR.
 """
 
@@ -28,27 +28,7 @@ OUTPUT = flags.DEFINE_string("output", "runs/accelerator", "Folder of results.js
 
 EXPERIMENTS = Path(__file__).parent.parent
 BENCHMARKS = EXPERIMENTS / "benchmarks"
-PROFILED = "fused_mlp/mlp8/64/20"  # architecture, task, pairs, inner steps in an outer step
-
-# The largest difference that the kernel of `mlp` makes to an update, relative to the update, over three steps.
-FUSED = """
-import jax, jax.numpy as jnp, optax
-from lopt.architectures import mlp
-params = {"w": jax.random.normal(jax.random.key(0), (300, 70)), "b": jnp.zeros(70)}
-def steps(**options):
-  optimizer = mlp.build(**options)
-  tx = optimizer.transform(optimizer.init(jax.random.key(1)), 100)
-  p, state = params, tx.init(params)
-  for key in jax.random.split(jax.random.key(2), 3):
-    gradients = jax.tree.map(lambda x: jax.random.normal(key, x.shape), p)
-    updates, state = jax.jit(tx.update)(gradients, state, p)
-    p = optax.apply_updates(p, updates)
-  return updates
-with jax.default_matmul_precision("highest"):
-  plain = steps()
-fused = steps(fused=True)
-print(jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(x))), plain, fused))
-"""
+PROFILED = "mlp8/64/20"  # task, pairs, inner steps in an outer step
 
 
 class Part(NamedTuple):
@@ -69,12 +49,15 @@ def parts(folder: Path) -> dict[str, Part]:
   real_size = ["--suite=real_size", f"--output={folder / 'real_size'}"]
   return {
     "devices": Part(60, ["-c", "import jax; print(jax.__version__, jax.devices())"]),
-    "throughput": Part(240, [*throughput, "--only=^(mlp|fused_mlp|tensor_mlp|adafactor_mlp)/mlp8/64/20$"], _lines),
-    "kernels": Part(90, [BENCHMARKS / "throughput.py", f"--case={PROFILED}", "--profile"], _kernels),
+    "throughput": Part(300, [*throughput, "--only=^(mlp|fused_mlp|tensor_mlp|adafactor_mlp)/mlp8/64/20$"], _lines),
+    **{
+      f"kernels of {x}": Part(90, [BENCHMARKS / "throughput.py", f"--case={x}/{PROFILED}", "--profile"], _kernels)
+      for x in ("mlp", "fused_mlp")
+    },
     "meta-train": Part(240, [EXPERIMENTS / "meta_train.py", *digits]),
     "real size": Part(400, [evaluate, *options, *real_size]),
     "report": Part(300, [evaluate, *options, *report]),
-    "fused": Part(120, ["-c", FUSED]),
+    "tests of fused_mlp": Part(120, ["-m", "pytest", "-q", tests / "architectures/test_fused_mlp.py"]),
     "tests": Part(240, ["-m", "pytest", "-q", tests / "outer/test_identities.py", tests / "test_drop_in.py"]),
   }
 

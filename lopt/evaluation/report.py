@@ -28,7 +28,7 @@ def table_of_all(comparisons: Mapping[str, Comparison], *, full: bool = False) -
   total = sum(len(c.tasks) for c in comparisons.values())
   table = tables.summary_table(comparisons, measured)
   lines = [
-    f"{tables.counted(total, 'held-out task')}, {tables.counted(first.num_seeds, 'seed')}, "
+    f"{tables.how_many(total, 'held-out task')}, {tables.how_many(first.num_seeds, 'seed')}, "
     f"{', '.join(map(str, steps))} steps.",
     METHOD,
     "",
@@ -52,7 +52,7 @@ def verdict_of_all(comparisons: Mapping[str, Comparison], name: str) -> str:
   s = summarize([own[row] for own in measured.values()])
   rivals = [f"{tables.over(r)} takes {tables.in_words(s, r)} times as many steps" for r in s.speed_up]
   how = "with each task's best learning rate, " if row[1] == EACH else ""
-  tasks = tables.counted(s.num_tasks, "held-out task")
+  tasks = tables.how_many(s.num_tasks, "held-out task")
   return (
     f"{name}, {how}over {tasks}: to the loss that it ends with, {', '.join(rivals)} "
     f"(interquartile means). {tables.percent(s.slower[BEST])} of the tasks are more than 10% slower than the best "

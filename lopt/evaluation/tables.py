@@ -30,17 +30,18 @@ def rows_of(measured: Measured) -> list[Row]:
   return [row for row in first if all(row in other for other in others)]
 
 
-BRIEF = ("optimizer", "learning rate", "speed-up", "slower", "final loss", "test accuracy", "diverged")
-"""How the columns begin that a terminal has room for."""
+BRIEF = ("optimizer", "learning rate", "slower than the best", "final loss", "test accuracy", "diverged")
+"""Columns that a terminal has room for, beside the speed-ups over rivals."""
 
 
 def brief(table: Sequence[Sequence[str]]) -> list[list[str]]:
-  """What people look at first of a `summary_table`; of its speed-ups those in steps."""
-  header = table[0]
-  left_out = ("final loss ÷", "speed-up in time")
-  known = [any(cell != "–" for cell in column) for column in zip(*table[1:], strict=True)]
-  kept = [i for i, x in enumerate(header) if x.startswith(BRIEF) and not x.startswith(left_out) and known[i]]
-  return [[row[i].replace("speed-up ", "") if row is header else row[i] for i in kept] for row in table]
+  """What people look at first of a `summary_table`, without columns that have no number."""
+  kept = [
+    [title.removeprefix("speed-up "), *cells]
+    for title, *cells in zip(*table, strict=True)
+    if (title in BRIEF or title.startswith("speed-up over ")) and set(cells) != {"–"}
+  ]
+  return [list(row) for row in zip(*kept, strict=True)]
 
 
 def summary_table(comparisons: Mapping[str, Comparison], measured: Measured) -> list[list[str]]:
@@ -155,9 +156,9 @@ def in_words(s: Summary, rival: str) -> str:
   return f"{bound}{interval(s.speed_up[rival])}"
 
 
-def counted(number: int, what: str) -> str:
-  """A number of things."""
-  return f"{number} {what}{'' if number == 1 else 's'}"
+def how_many(count: int, what: str) -> str:
+  """A number of things, in words."""
+  return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _counted(s: Summary, rival: str) -> str:

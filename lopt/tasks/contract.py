@@ -10,6 +10,8 @@ import numpy as np
 
 from lopt import base
 
+_EXAMPLE = "lopt has such as lopt.tasks.mlp_classifier.build(dataset='digits')"
+
 
 def named(families: Any, word: str) -> dict[str, base.TaskFamily]:
   """Task families by name.
@@ -25,10 +27,7 @@ def named(families: Any, word: str) -> dict[str, base.TaskFamily]:
     return {word: families}
   if not isinstance(families, Iterable) or isinstance(families, str):
     given = repr(families) if isinstance(families, str) else type(families).__name__
-    raise ValueError(
-      f"families: must be a lopt.base.TaskFamily or several, not {given}; lopt has such as "
-      "lopt.tasks.mlp_classifier.build(dataset='digits')"
-    )
+    raise ValueError(f"families: must be a lopt.base.TaskFamily or several, not {given}; {_EXAMPLE}")
   by_name = families
   if not isinstance(by_name, Mapping):
     listed = list(families)
@@ -38,8 +37,7 @@ def named(families: Any, word: str) -> dict[str, base.TaskFamily]:
   for name, family in by_name.items():
     if not isinstance(family, base.TaskFamily):
       raise ValueError(
-        f"task family {name!r}: must be a lopt.base.TaskFamily, not {type(family).__name__}; lopt has such as "
-        "lopt.tasks.mlp_classifier.build(dataset='digits')"
+        f"task family {name!r}: must be a lopt.base.TaskFamily, not {type(family).__name__}; {_EXAMPLE}"
       )
   return {str(name): family for name, family in by_name.items()}
 

@@ -57,11 +57,14 @@ def step_of(optimizer):
   return lambda gradients: tx.update(gradients, tx.init(params), params)[0], params
 
 
-def test_on_a_cpu_the_option_changes_nothing(monkeypatch):
+def test_on_a_cpu_the_option_changes_nothing_on_a_gpu_little(monkeypatch):
   monkeypatch.setattr(sharding, "may_be_divided", lambda: False)
   plain, gradients = step_of(mlp.build())
   fused, _ = step_of(mlp.build(fused=True))
-  jax.tree.map(np.testing.assert_array_equal, jax.jit(fused)(gradients), jax.jit(plain)(gradients))
+  same = np.testing.assert_array_equal
+  if jax.default_backend() == "gpu":  # whose matrix products have ten bits
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-2, atol=1e-5)
+  jax.tree.map(same, jax.jit(fused)(gradients), jax.jit(plain)(gradients))
 
 
 @pytest.mark.parametrize("fused", [False, True])

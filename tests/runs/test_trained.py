@@ -221,6 +221,12 @@ def test_a_file_does_not_choose_what_is_imported(path, tmp_path, monkeypatch):
   assert mark.exists()
 
 
+def test_a_run_that_has_not_ended_is_called_so(tmp_path):
+  (tmp_path / "config.json").write_text("{}")
+  with pytest.raises(trained.LoadError, match="its run has not ended"):
+    trained.load(tmp_path)
+
+
 def test_a_given_architecture_must_fit(path):
   other = configuration.build("architectures", {"name": "mlp", "hidden_sizes": [3]}, where="a")
   with pytest.raises(LoadError, match="θ does not fit the given architecture: layer_0/b is"):
