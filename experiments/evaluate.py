@@ -21,12 +21,12 @@ import shlex
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from lopt import command_line, configuration
 from lopt.evaluation import baselines, evaluate, report, report_page, suites
 from lopt.outer import parallel
-from lopt.runs import interruption, lock, tracking, trained
+from lopt.runs import lock, tracking, trained
 
 OPTIMIZER = flags.DEFINE_list(
   "optimizer", None, "Trained optimizers: names, files or work directories, by commas.", required=True
@@ -106,14 +106,7 @@ def tasks(optimizer: trained.TrainedOptimizer) -> dict[str, dict[str, suites.Mem
 
 def command() -> None:
   """What `lopt evaluate` and this script run."""
-  try:
-    with interruption.immediate("stopped"):
-      app.run(main, flags_parser=command_line.parse_flags)
-  except (configuration.ConfigError, trained.LoadError, lock.LockedError, OSError) as error:
-    sys.exit(f"evaluate.py: {error}")
-  except KeyboardInterrupt as error:
-    print("\nevaluate.py: interrupted; what baselines did so far is in --cache", file=sys.stderr, flush=True)
-    sys.exit(error.exit_code if isinstance(error, interruption.InterruptedRun) else 130)
+  command_line.run(main, name="evaluate.py", again="what baselines did so far is in --cache")
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
 from lopt import command_line, configuration, experiment, running
 from lopt.outer import parallel
-from lopt.runs import checkpoints, interruption, lock
+from lopt.runs import lock
 
 CONFIG = command_line.define_flag(
   "config",
@@ -97,21 +97,7 @@ def run(argv: list[str]) -> None:
 
 def command() -> None:
   """What `lopt meta-train` and this script run."""
-  try:
-    with interruption.immediate("stopped by SIGTERM"):
-      app.run(run, flags_parser=command_line.parse_flags)
-  except (
-    configuration.ConfigError,
-    checkpoints.CheckpointError,
-    FloatingPointError,
-    lock.LockedError,
-    OSError,
-  ) as error:
-    sys.exit(f"meta_train.py: {error}")
-  except KeyboardInterrupt as error:
-    again = "the same command continues from the last checkpoint"
-    print(f"\nmeta_train.py: {str(error) or 'interrupted'}; {again}", file=sys.stderr, flush=True)
-    sys.exit(error.exit_code if isinstance(error, interruption.InterruptedRun) else 130)
+  command_line.run(run, name="meta_train.py", again="the same command continues from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,43 @@
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
+from lopt.runs import checkpoints, interruption, lock, trained
 from lopt.signatures import ConfigError
+
+ERRORS = (
+  ConfigError,
+  trained.LoadError,
+  checkpoints.CheckpointError,
+  lock.LockedError,
+  FloatingPointError,
+  OSError,
+)
+"""What a command says in one line."""
+
+
+def run(main: Callable[[list[str]], None], *, name: str, again: str) -> None:
+  """`app.run(main)` that ends with one line and an exit code where something is wrong or it is interrupted.
+
+  Args:
+    main: takes what of the command line is no flag.
+    name: of the command, with which the line begins.
+    again: what happens if an interrupted one is called once more.
+  """
+  try:
+    with interruption.immediate("stopped by SIGTERM"):
+      app.run(main, flags_parser=_parse_flags)
+  except ERRORS as error:
+    sys.exit(f"{name}: {error}")
+  except KeyboardInterrupt as error:
+    print(f"\n{name}: {str(error) or 'interrupted'}; {again}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code if isinstance(error, interruption.InterruptedRun) else 130)
 
 
 def define_flag(
@@ -42,8 +71,8 @@ def define_flag(
     return config_flags.DEFINE_config_file(name, None if default is None else path(default), help_string)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-  """For `app.run(main, flags_parser=parse_flags)`: exits with one line where a flag or the config file is wrong."""
+def _parse_flags(argv: list[str]) -> list[str]:
+  """The rest of `argv`; exits with one line where a flag or the config file is wrong."""
   with _exit_with_one_line(argv[0]):
     rest = flags.FLAGS(argv)
     for flag in flags.FLAGS:

@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple, TypeGuard
 import ml_collections
 
 from lopt import base, checks, configuration, inner_training
-from lopt.outer import final_loss, late_losses, meta_parameters, meta_training, mixture, parallel
+from lopt.architectures import meta_parameters
+from lopt.outer import final_loss, late_losses, meta_training, mixture, parallel
 from lopt.runs import trained
 from lopt.tasks import contract
 

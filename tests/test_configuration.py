@@ -244,7 +244,7 @@ def script(tmp_path_factory):
   path.write_text(
     textwrap.dedent("""
       import json
-      from absl import app, flags
+      from absl import flags
       from lopt import command_line, configuration
 
       command_line.define_flag("config", "experiments/configs/digits.py", "What to run.")
@@ -252,7 +252,7 @@ def script(tmp_path_factory):
       def main(argv):
         print(json.dumps(configuration.plain(flags.FLAGS.config)))
 
-      app.run(main, flags_parser=command_line.parse_flags)
+      command_line.run(main, name="script.py", again="")
     """)
   )
   return path

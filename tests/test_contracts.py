@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from lopt import base, configuration, inner_training
-from lopt.outer import meta_parameters, pes
+from lopt.architectures import meta_parameters
+from lopt.outer import pes
 
 ARCHITECTURES = configuration.choices("architectures")
 FAMILIES = configuration.choices("tasks")

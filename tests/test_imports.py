@@ -1,6 +1,7 @@
 """Imports run one way. Found by reading the sources, so that imports inside functions count too."""
 
 import ast
+import graphlib
 import importlib.util
 import re
 import subprocess
@@ -39,7 +40,7 @@ def violations(root: Path) -> list[str]:
   packages = {_module_name(path, root) for path in (root / "lopt").rglob("__init__.py")}
   # What a configuration can choose: siblings, where they are in one package. Its other files are their helpers.
   chosen = {name for name, source in sources.items() if "." in name and re.search(r"^def build\(", source, re.M)}
-  found = []
+  found, packages_used = [], {}
   for name, source in sources.items():
     tree = ast.parse(source)
     layer = _layer(name)
@@ -48,12 +49,18 @@ def violations(root: Path) -> list[str]:
       continue
     for other in _imports(tree, name, packages, sources):
       other_layer = _layer(other)
+      if name:
+        packages_used.setdefault(name.split(".")[0], set()).update({other.split(".")[0]} - {name.split(".")[0]})
       same_package = "." in name and name.split(".")[0] == other.split(".")[0]
       helper = same_package and other_layer == layer and other not in chosen
       if other_layer is not None and other_layer >= layer and not helper:
         found.append(f"{name} imports {other}")
     if name not in MAY_USE_DEVICES:
       found += [f"{name} uses {use}" for use in sorted(DEVICES & _uses_of_jax(tree))]
+  try:
+    graphlib.TopologicalSorter(packages_used).prepare()
+  except graphlib.CycleError as error:
+    found = found or [f"packages import each other: {', '.join(sorted(set(error.args[1])))}"]
   return found
 
 
@@ -122,7 +129,8 @@ FINE = {
   "outer/__init__.py": "",
   "outer/es.py": "def build(devices): return devices\n",
   "outer/parallel.py": "import jax\njax.pmap(None, devices=jax.devices())\n",
-  "outer/meta_training.py": "from lopt.outer import parallel\nfrom lopt import inner_training\n",
+  "outer/meta_training.py": "from lopt.outer import parallel\nfrom lopt import inner_training, runs\n",
+  "runs/trained.py": "from lopt import architectures\n",
   "inner_training.py": "from lopt import base\n",
   "evaluation/held_out.py": "from lopt.outer import meta_training\nimport lopt.tasks.one\n",
   "evaluation/report.py": "from lopt.evaluation import held_out\n",
@@ -159,6 +167,7 @@ FINE = {
     ),
     ("evaluation/held_out.py", "import jax\njax.pmap(f)", "evaluation.held_out uses pmap"),
     ("outer/es.py", "from jax import devices", "outer.es uses devices"),
+    ("runs/trained.py", "from lopt.outer import es", "packages import each other: outer, runs"),
     ("surprise.py", "", "surprise: has no layer; give it one in test_imports.py"),
   ],
 )

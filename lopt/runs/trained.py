@@ -31,8 +31,8 @@ import safetensors
 import safetensors.numpy
 
 from lopt import checks, configuration, signatures
+from lopt.architectures import meta_parameters
 from lopt.base import LearnedOptimizer, Theta
-from lopt.outer import meta_parameters
 from lopt.runs.drop_in import TrainedOptimizer
 from lopt.runs.files import write_atomically
 from lopt.version import __version__

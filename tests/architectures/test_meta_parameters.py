@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from lopt import base, inner_training
-from lopt.architectures import mlp
-from lopt.outer import meta_parameters, meta_training, pes
+from lopt.architectures import meta_parameters, mlp
+from lopt.outer import meta_training, pes
 from lopt.tasks import quadratic
 
 THETA = {"rule": {"w": jnp.arange(3.0), "b": jnp.float32(7.0)}, "scheduler": {"w": jnp.ones((2, 2))}}
