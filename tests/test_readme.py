@@ -103,3 +103,10 @@ def test_files_and_targets_that_are_named_exist():
     assert (ROOT / path).exists(), path
   targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
   assert set(re.findall(r"(?:^    |`)make ([a-z-]+)", README, re.M)) <= targets
+
+
+def test_tables_fit_the_page():
+  pages = [*ROOT.glob("*.md"), *(ROOT / "experiments").rglob("*.md"), *(ROOT / "lopt").rglob("*.md")]
+  rows = [(page.name, row) for page in pages for row in page.read_text("utf-8").splitlines() if row.startswith("|")]
+  assert rows
+  assert [(page, row) for page, row in rows if len(row) > 120] == []
