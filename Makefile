@@ -47,7 +47,7 @@ check-tpu: .venv/runtime .venv/tpu  ## compile every architecture and estimator 
 paper: .venv/runtime  ## run the eight experiments of the PES paper (SCALE=full: its sizes) into runs/paper/index.html
 	$(BIN)/python experiments/paper/run_all.py --scale=$(SCALE)
 
-test: .venv/dev  ## run the tests but for those that take long, in 7 to 10 minutes
+test: .venv/dev  ## run the tests but for those that take long, in 6 to 8 minutes
 	$(PYTEST)
 
 test-all: .venv/dev  ## run all tests but for those that take minutes each (pytest -m long), in half an hour

@@ -61,7 +61,7 @@ def test_a_run_leaves_what_it_promises(finished):
   np.testing.assert_array_equal(theta["layer_0"]["w"], stored["layer_0/w"])
 
 
-@pytest.mark.slow_but_for("1.1")
+@pytest.mark.slow
 @pytest.mark.parametrize("patience", [pytest.param(0.0, marks=pytest.mark.long), 0.4, 1.1])
 def test_a_killed_run_continues_bit_for_bit(finished, environment, meta_train, tmp_path, patience):
   """Killed by -9 some time after the first checkpoint, wherever it hits; then the same command again."""

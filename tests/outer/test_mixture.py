@@ -59,7 +59,7 @@ def test_it_is_the_weighted_mean_of_its_parts():
     assert metrics["inner_steps"] == 2 * 2 * 5
 
 
-@pytest.mark.slow_but_for("2")
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_the_number_of_devices_does_not_matter(devices, monkeypatch):
   """The same θ on any number of devices."""

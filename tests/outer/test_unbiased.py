@@ -152,7 +152,7 @@ def full_bptt(problem):
 GRID = [pytest.param(name, k, marks=[] if k == 3 else [pytest.mark.long]) for name in ONLINE for k in UNROLLS]
 
 
-@pytest.mark.slow_but_for("pes-3-lockstep", "rtrl-3-lockstep")
+@pytest.mark.slow_but_for("pes-3-lockstep")
 @STAGGER
 @pytest.mark.parametrize(("name", "unroll_length"), GRID)
 def test_online_estimators_are_unbiased(name, unroll_length, stagger):
