@@ -101,6 +101,28 @@ def test_each_is_a_learned_direction(name):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -0.3 * b, rtol=1e-5, atol=1e-7), step, u)
 
 
+def test_names_choose_what_is_not_orthogonalised():
+  """The rest is as without them; an embedding's direction is v / rms(v), which θ = 0 has from Nesterov Adam."""
+  params = {"embed": {"w": jnp.ones((6, 3))}, "out": {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}}
+  gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
+  trained = lopt.load("tensor_mlp")
+  zero = trained._replace(theta=jax.tree.map(jnp.zeros_like, trained.theta))
+
+  def first(tx) -> Any:
+    return tx.update(gradients, tx.init(params), params)[0]
+
+  plain, chosen = first(zero.direction()), first(zero.direction(elementwise=("embed",)))
+  close(chosen["out"], plain["out"], rtol=1e-6)
+  np.testing.assert_allclose(chosen["embed"]["w"], jnp.sign(gradients["embed"]["w"]), rtol=1e-4)
+  assert np.max(np.abs(plain["embed"]["w"] - chosen["embed"]["w"])) > 0.1
+  steps = first(trained(learning_rate=0.5, elementwise=["embed"]))
+  close(steps, jax.tree.map(lambda u: -0.5 * u, first(trained.direction(elementwise=("embed",)))), rtol=1e-5)
+  with pytest.raises(ValueError, match=re.escape("'b' is in the name of no matrix; there are: out/w")):
+    trained(learning_rate=0.5, elementwise=("b",)).init({"out": params["out"]})
+  with pytest.raises(ValueError, match=re.escape("such as ('embed',), not 'embed'")):
+    trained(learning_rate=0.5, elementwise="embed")
+
+
 def test_a_file_from_before_directions_loads_and_says_that_it_takes_no_learning_rate():
   """Format version 1, as lopt had written it; used with its number of steps."""
   optimizer = lopt.load(ROOT / "tests" / "data" / "format_version_1.safetensors")

@@ -75,7 +75,9 @@ def wrap(
   checks.require(0 <= warmup < 1, "warmup", warmup, "from 0 to below 1")
   checks.require(0 <= strength < math.inf, "strength", strength, "at least 0 and finite")
 
-  def direction(theta: base.Theta, num_steps: Any) -> optax.GradientTransformationExtraArgs:
+  def direction(
+    theta: base.Theta, num_steps: Any, elementwise: tuple[str, ...] = elementwise
+  ) -> optax.GradientTransformationExtraArgs:
     return _direction(optimizer.transform(theta, num_steps), strength, elementwise)
 
   def schedule(num_steps: Any) -> optax.Schedule:
@@ -132,7 +134,7 @@ def _direction(
 
     def unit_direction(path, d, n):
       v = _unit(d) - strength * n
-      if v.ndim < 2 or any(part in jax.tree_util.keystr(path, simple=True, separator="/") for part in elementwise):
+      if v.ndim < 2 or is_named(path, elementwise):
         return _unit(v)
       return _unit(orthogonalise(v.reshape(-1, v.shape[-1])).reshape(v.shape))
 
@@ -140,6 +142,12 @@ def _direction(
     return directions, DirectionState(count, mean_rms, adam_state, network_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def is_named(path: Any, parts: tuple[str, ...]) -> bool:
+  """Whether the name of a tensor, its path in the parameters joined by `/`, has one of the parts in it."""
+  name = jax.tree_util.keystr(path, simple=True, separator="/")
+  return any(part in name for part in parts)
 
 
 def orthogonalise(x: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:

@@ -1,7 +1,8 @@
 """Trained optimizers in use: Optax transformations for whatever parameters practitioners have."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array
 
-from lopt.architectures import sharding
+from lopt.architectures import direction, sharding
 from lopt.base import LearnedOptimizer, PyTree, Theta
 
 LARGEST_GRADIENT, LARGEST_OF_DIRECTIONS = 1e12, 1e36
@@ -55,6 +56,7 @@ class TrainedOptimizer(NamedTuple):
     learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: float = 0.0,
     mask: Any | Callable[[PyTree], Any] | None = None,
+    elementwise: Sequence[str] | None = None,
     state_dtype: Any = jnp.float32,
   ) -> optax.GradientTransformationExtraArgs:
     """Δp = -α_t (u + λ p) for a run of `num_steps` steps, with the direction u.
@@ -65,18 +67,23 @@ class TrainedOptimizer(NamedTuple):
       learning_rate: α_t: a number, or an Optax schedule of the step. It needs no `num_steps`.
       weight_decay: λ, decoupled, per unit of the learning rate; as in `optax.adamw`.
       mask: What λ applies to, as in `optax.adamw`.
+      elementwise: Parts of the names of tensors that are not orthogonalised, such as `("embed",)`; a name is a
+        tensor's path in the parameters, joined by `/`. None: as in meta-training; what ships orthogonalises all
+        tensors with two axes or more.
       state_dtype: What the state's arrays are rounded to between steps: float32, or bfloat16, for half the memory.
 
     Raises:
       ValueError: `num_steps` is below 1; `state_dtype` is neither of the two; neither `num_steps` nor a learning rate
-        is given; or an optimizer that decides on its steps by itself is given a learning rate or weight decay.
+        is given; no matrix has one of the names, once there are parameters; or an optimizer that decides on its steps
+        by itself is given a learning rate, weight decay or names.
     """
     if num_steps is not None and not isinstance(num_steps, Tracer) and not _is_count(num_steps):
       hint = f"; did you mean learning_rate={num_steps!r}?" if isinstance(num_steps, float) and num_steps > 0 else ""
       raise ValueError(f"num_steps: {num_steps!r} is not a number of training steps; it must be at least 1{hint}")
     if self.learning_rate is None:
-      if learning_rate is not None or weight_decay:
-        raise ValueError(f"{'weight_decay' if learning_rate is None else 'learning_rate'}: {_NO_DIRECTION}")
+      given = {"learning_rate": learning_rate, "weight_decay": weight_decay or None, "elementwise": elementwise}
+      if refused := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"{refused[0]}: {_NO_DIRECTION}")
       if num_steps is None:
         raise ValueError("num_steps: this optimizer needs the number of training steps: optimizer(num_steps=...)")
       return wrap(
@@ -87,33 +94,53 @@ class TrainedOptimizer(NamedTuple):
         raise ValueError("num_steps: give it, for the recommended learning rates, or a learning_rate")
       learning_rate = self.schedule(num_steps)
     decay = optax.add_decayed_weights(weight_decay, mask) if weight_decay else optax.identity()
-    return optax.chain(
-      self.direction(num_steps, state_dtype=state_dtype), decay, optax.scale_by_learning_rate(learning_rate)
-    )
+    tx = self.direction(num_steps, elementwise=elementwise, state_dtype=state_dtype)
+    return optax.chain(tx, decay, optax.scale_by_learning_rate(learning_rate))
 
   def direction(
-    self, num_steps: Any = None, *, state_dtype: Any = jnp.float32
+    self, num_steps: Any = None, *, elementwise: Sequence[str] | None = None, state_dtype: Any = jnp.float32
   ) -> optax.GradientTransformationExtraArgs:
     """The direction u alone, uphill as `optax.scale_by_adam`'s and of unit size, to be chained with what sizes steps.
 
     Args:
       num_steps: Length of the run, for architectures that use it.
+      elementwise: As above.
       state_dtype: As above.
 
     Raises:
-      ValueError: `state_dtype` is neither float32 nor bfloat16, or the optimizer decides on its steps by itself.
+      ValueError: `state_dtype` is neither float32 nor bfloat16, no matrix has one of the names, or the optimizer
+        decides on its steps by itself.
     """
-    if self.architecture.direction is None:
+    build = self.architecture.direction
+    if build is None:
       raise ValueError(f"direction: {_NO_DIRECTION}")
-    return wrap(
-      self.architecture.direction, self.theta, num_steps, largest=LARGEST_OF_DIRECTIONS, state_dtype=state_dtype
-    )
+    if elementwise is None:
+      return wrap(build, self.theta, num_steps, largest=LARGEST_OF_DIRECTIONS, state_dtype=state_dtype)
+    if isinstance(elementwise, str):
+      raise ValueError(f"elementwise: a tuple of parts of names, such as ({elementwise!r},), not {elementwise!r}")
+    parts = tuple(elementwise)
+    build = functools.partial(build, elementwise=parts)
+    tx = wrap(build, self.theta, num_steps, largest=LARGEST_OF_DIRECTIONS, state_dtype=state_dtype)
+
+    def init(params: PyTree) -> PyTree:
+      _check_names(params, parts)
+      return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, tx.update)
 
   def schedule(self, num_steps: Any) -> optax.Schedule:
     """The recommended learning rate at each of `num_steps` steps: warm-up, then a cosine to zero."""
     if self.architecture.schedule is None:
       raise ValueError(f"schedule: {_NO_DIRECTION}")
     return self.architecture.schedule(num_steps)
+
+
+def _check_names(params: PyTree, parts: tuple[str, ...]) -> None:
+  matrices = [path for path, x in jax.tree_util.tree_leaves_with_path(params) if jnp.ndim(x) >= 2]
+  if missing := [part for part in parts if not any(direction.is_named(path, (part,)) for path in matrices)]:
+    names = sorted(jax.tree_util.keystr(path, simple=True, separator="/") for path in matrices)
+    there = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    raise ValueError(f"elementwise: {missing[0]!r} is in the name of no matrix; there are: {there or 'none'}")
 
 
 def _is_count(x: Any) -> bool:
