@@ -33,6 +33,7 @@ FEWER = {"num_tasks": 4}  # where a run takes long
 FEWEST = {"num_tasks": 3}  # of the largest networks and the longest runs
 # 0.8 and 0.3 million parameters, all of the data, initial weights and losses as people have them: for an accelerator
 REAL = {"weight_scale": (1.0, 1.0), "loss_scale": (1.0, 1.0), "num_tasks": 1, "num_steps": 2_000}
+TEXT = {"name": "transformer_language_model", "num_heads": 4, "part": (1.0, 1.0), **REAL}
 REPARAMETRIZED = {"augmentation": {"reparametrization": (1e-3, 1e3)}}
 
 DEFAULTS = {"seed": 0, "num_tasks": 8, "num_seeds": 5, "num_steps": 200}
@@ -63,17 +64,12 @@ ALL: dict[str, dict[str, dict[str, Any]]] = {
     "vae": {"name": "mlp_vae", **FEWER},
     "transformer_language": {"name": "transformer_language_model", **FEWER},
   },
+  "middle_size": {  # transformers of 31,000 and 113,000 parameters
+    "width_32": {**TEXT, "width": 32, "context": 32, "batch_size": 16, "num_steps": 1_000},
+    "width_64": {**TEXT, "width": 64, "context": 64, "batch_size": 32, "num_steps": 1_000},
+  },
   "real_size": {
-    "transformer_language": {
-      "name": "transformer_language_model",
-      "width": 128,
-      "num_layers": 4,
-      "num_heads": 4,
-      "context": 64,
-      "batch_size": 32,
-      "part": (1.0, 1.0),
-      **REAL,
-    },
+    "transformer_language": {**TEXT, "width": 128, "num_layers": 4, "context": 64, "batch_size": 32},
     "resnet": {
       "name": "resnet_classifier",
       "dataset": "cifar10",
@@ -92,8 +88,8 @@ ALL: dict[str, dict[str, dict[str, Any]]] = {
   },
 }
 
-LARGE = ("real_size",)
-"""Suites for an accelerator: not among `--suite=all`."""
+LARGE = ("middle_size", "real_size")
+"""Suites that take hours without an accelerator: not among `--suite=all`."""
 
 
 class Member(NamedTuple):
