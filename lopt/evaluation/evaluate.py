@@ -1,5 +1,6 @@
 """Evaluation from Python: optimizers of any kind beside tuned baselines on tasks that they never saw."""
 
+import numbers
 import os
 import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -129,12 +130,13 @@ def evaluate(
     pairs[name] = pair
   given = {"num_tasks": num_tasks, "num_seeds": num_seeds, "num_steps": num_steps}
   for option, value in {**given, "seed": seed}.items():
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < (option != "seed")):
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if value is not None and (not whole or value < (option != "seed")):
       raise ValueError(f"{option}: must be a whole number of at least {int(option != 'seed')}, not {value!r}")
   compared = compare(
-    {"": _members(families, seed)},
+    {"": _members(families, int(seed))},
     pairs,
-    settings={option: value for option, value in given.items() if value is not None},
+    settings={option: int(value) for option, value in given.items() if value is not None},
     baselines=chosen,
     cache_folder=cache_folder,
     progress=progress,
