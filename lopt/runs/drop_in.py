@@ -64,7 +64,8 @@ class TrainedOptimizer(NamedTuple):
     Args:
       num_steps: Length of the run; may be traced. Without `learning_rate`, α_t is the recommended rate, warmed up and
         decayed to zero by a cosine over these steps.
-      learning_rate: α_t: a number, or an Optax schedule of the step. It needs no `num_steps`.
+      learning_rate: α_t: a number, or an Optax schedule of the step. It needs no `num_steps`. The recommended one is
+        for small networks; transformers of width 32 to 128 did best at about 0.08 / √width.
       weight_decay: λ, decoupled, per unit of the learning rate; as in `optax.adamw`.
       mask: What λ applies to, as in `optax.adamw`.
       elementwise: Parts of the names of tensors that are not orthogonalised, such as `("embed",)`; a name is a
