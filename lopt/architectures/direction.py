@@ -21,6 +21,8 @@ from lopt.architectures import origin, sharding
 BETAS = (0.9, 0.99)  # of Nesterov Adam
 SCALE_DECAY = 0.99
 """Of the moving average that gradients are divided by, tensor by tensor."""
+SMALL_WIDTH, SHORT_RUN = 32, 200
+"""Up to where learning rates are recommended as they were found; for wider networks and longer runs lower ones."""
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Muon's coefficients: five steps take every singular value from 0.01 to 1 to somewhere in 0.7 to 1.2."""
 
@@ -59,7 +61,8 @@ def wrap(
 
   Args:
     optimizer: Any architecture. Its updates of the first θ should be zero or small: `zero_output`.
-    learning_rate: α, recommended to those who give none: about the root mean square of a step of each parameter.
+    learning_rate: α, recommended to those who give none: about the root mean square of a step of each parameter. See
+      `recommended_share`.
     warmup: Share of the steps in which α_t rises to α.
     strength: c.
     elementwise: Parts of the names of tensors that are not orthogonalised, such as "embed". A name is a tensor's path
@@ -101,6 +104,23 @@ def warmup_cosine(num_steps: Any, warmup: float) -> optax.Schedule:
     return rise * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count / num_steps, 1.0)))
 
   return factor
+
+
+def recommended_share(params: base.Params, num_steps: Any) -> Any:
+  """The share of the recommended learning rate that is recommended for such parameters and as many steps.
+
+      min(1, √(32 / w)) · min(1, (200 / T)^(1/5))
+
+  w is the mean of the matrices' smaller sides, in the logarithm and weighted by their sizes. With a root mean square
+  of 1 an orthogonal matrix has singular values of √width, which is the first factor; the second was found by
+  measurement, as was that both hold (`experiments/notes/directions.md`).
+  """
+  shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
+  sides = [(math.prod(shape[:-1]), shape[-1]) for shape in shapes if len(shape) >= 2 and math.prod(shape) > 0]
+  total = sum(rows * columns for rows, columns in sides)
+  log_width = sum(rows * columns * math.log(min(rows, columns)) for rows, columns in sides) / max(total, 1)
+  narrower = min(1.0, math.sqrt(SMALL_WIDTH / math.exp(log_width)))
+  return narrower * jnp.minimum(1.0, (SHORT_RUN / num_steps) ** 0.2)
 
 
 def _direction(

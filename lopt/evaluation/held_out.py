@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lopt import checks
+from lopt.architectures import direction
 from lopt.base import LearnedOptimizer, PyTree, TaskFamily, TaskParams, Theta
 from lopt.evaluation import baselines, identity, inner_runs
 from lopt.evaluation.comparison import CONTROL, REFERENCE, Comparison, Ladder, Role, Sweep
@@ -87,7 +88,9 @@ def compare(
     _check_theta(name, optimizer, theta)
   say = progress or (lambda message: None)
   tasks = inner_runs.sample_tasks(family, seed, inner_runs.HELD_OUT, num_tasks)
-  entries = _entries(optimizers, list(dict.fromkeys([REFERENCE, *baseline_names])))
+  params = jax.eval_shape(lambda key: family.init(key, family.sample(key)), jax.random.key(0))
+  share = float(direction.recommended_share(params, num_steps))
+  entries = _entries(optimizers, list(dict.fromkeys([REFERENCE, *baseline_names])), share)
   build = functools.cache(inner_runs.build_train(family, num_held_out_batches=num_held_out_batches, split="test"))
   at_once = 1 if jax.default_backend() == "cpu" else num_tasks  # tasks in a call
   key = {"seeds": num_seeds, "seed": seed, "batches": num_held_out_batches, "sources": identity.of_sources(__file__)}
@@ -213,17 +216,21 @@ def tune(
   return [_join([own[index] for index in sorted(own)]) for own in tried]
 
 
-def _entries(optimizers: Mapping[str, tuple[LearnedOptimizer, Theta]], names: Sequence[str]) -> dict[str, _Entry]:
+def _entries(
+  optimizers: Mapping[str, tuple[LearnedOptimizer, Theta]], names: Sequence[str], share: float
+) -> dict[str, _Entry]:
+  """What is compared, by name; `share`: of their recommended learning rates that is recommended here."""
   entries: dict[str, _Entry] = {}
+  recommended = lambda optimizer: None if optimizer.learning_rate is None else share * optimizer.learning_rate
   rated = functools.cache(inner_runs.at_rate)  # one program for several θ of one architecture
   plain = functools.cache(inner_runs.as_is)
   for name, (optimizer, theta) in optimizers.items():
-    rate = optimizer.learning_rate
+    rate = recommended(optimizer)
     entries[name] = _Entry("learned", (plain if rate is None else rated)(optimizer), theta, 1.0, rate)
   directed = [(optimizer, theta) for optimizer, theta in optimizers.values() if optimizer.direction is not None]
   for optimizer, theta in directed[:1]:
     zero = jax.tree.map(lambda x: np.zeros_like(np.asarray(x)), theta)
-    entries[CONTROL] = _Entry("control", rated(optimizer), zero, 1.0, optimizer.learning_rate)
+    entries[CONTROL] = _Entry("control", rated(optimizer), zero, 1.0, recommended(optimizer))
   for name in names:
     made = inner_runs.baseline(baselines.ALL[name]())
     entries[name] = _Entry("baseline", made, {}, baselines.UNITS.get(name, 1.0), None)

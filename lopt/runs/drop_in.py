@@ -46,7 +46,9 @@ class TrainedOptimizer(NamedTuple):
 
   @property
   def learning_rate(self) -> float | None:
-    """The recommended one; None of an optimizer that takes no learning rate, since it decides on steps by itself."""
+    """The recommended one, for networks of a width up to 32 and up to 200 steps; None of an optimizer that takes no
+    learning rate, since it decides on steps by itself.
+    """
     return self.architecture.learning_rate
 
   def __call__(
@@ -62,10 +64,9 @@ class TrainedOptimizer(NamedTuple):
     """Δp = -α_t (u + λ p) for a run of `num_steps` steps, with the direction u.
 
     Args:
-      num_steps: Length of the run; may be traced. Without `learning_rate`, α_t is the recommended rate, warmed up and
-        decayed to zero by a cosine over these steps.
-      learning_rate: α_t: a number, or an Optax schedule of the step. It needs no `num_steps`. The recommended one is
-        for small networks; transformers of width 32 to 128 did best at about 0.08 / √width.
+      num_steps: Length of the run; may be traced. Without `learning_rate`, α_t is the recommended rate for networks
+        of this width and as many steps (`direction.recommended_share`), warmed up and decayed to zero by a cosine.
+      learning_rate: α_t: a number, or an Optax schedule of the step. It needs no `num_steps`.
       weight_decay: λ, decoupled, per unit of the learning rate; as in `optax.adamw`.
       mask: What λ applies to, as in `optax.adamw`.
       elementwise: Parts of the names of tensors that are not orthogonalised, such as `("embed",)`; a name is a
@@ -90,13 +91,12 @@ class TrainedOptimizer(NamedTuple):
       return wrap(
         self.architecture.transform, self.theta, num_steps, largest=LARGEST_GRADIENT, state_dtype=state_dtype
       )
-    if learning_rate is None:
-      if num_steps is None:
-        raise ValueError("num_steps: give it, for the recommended learning rates, or a learning_rate")
-      learning_rate = self.schedule(num_steps)
+    if learning_rate is None and num_steps is None:
+      raise ValueError("num_steps: give it, for the recommended learning rates, or a learning_rate")
+    sized = self._by_width(num_steps) if learning_rate is None else optax.scale_by_learning_rate(learning_rate)
     decay = optax.add_decayed_weights(weight_decay, mask) if weight_decay else optax.identity()
     tx = self.direction(num_steps, elementwise=elementwise, state_dtype=state_dtype)
-    return optax.chain(tx, decay, optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(tx, decay, sized)
 
   def direction(
     self, num_steps: Any = None, *, elementwise: Sequence[str] | None = None, state_dtype: Any = jnp.float32
@@ -129,11 +129,25 @@ class TrainedOptimizer(NamedTuple):
 
     return optax.GradientTransformationExtraArgs(init, tx.update)
 
-  def schedule(self, num_steps: Any) -> optax.Schedule:
-    """The recommended learning rate at each of `num_steps` steps: warm-up, then a cosine to zero."""
+  def schedule(self, num_steps: Any, params: PyTree | None = None) -> optax.Schedule:
+    """The recommended learning rate at each of `num_steps` steps: warm-up, then a cosine to zero.
+
+    Args:
+      num_steps: Length of the run.
+      params: Of the network, or arrays of their shapes; None: of one whose width is at most 32.
+    """
     if self.architecture.schedule is None:
       raise ValueError(f"schedule: {_NO_DIRECTION}")
-    return self.architecture.schedule(num_steps)
+    rate, share = self.architecture.schedule(num_steps), direction.recommended_share(params, num_steps)
+    return lambda count: share * rate(count)
+
+  def _by_width(self, num_steps: Any) -> optax.GradientTransformation:
+    """`optax.scale_by_learning_rate` with the recommended rates for the tensors that it is given."""
+
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
+      return optax.scale_by_learning_rate(self.schedule(num_steps, updates)).update(updates, state, params)
+
+    return optax.GradientTransformation(optax.scale_by_learning_rate(self.schedule(num_steps)).init, update)
 
 
 def _check_names(params: PyTree, parts: tuple[str, ...]) -> None:

@@ -133,6 +133,15 @@ def test_the_recommended_schedule_warms_up_and_ends_at_zero():
   assert trained.learning_rate == 0.02
 
 
+def test_less_is_recommended_for_wider_networks_and_longer_runs():
+  small = {"w": jnp.ones((32, 100)), "b": jnp.zeros(5_000)}
+  assert direction.recommended_share(small, 200) == direction.recommended_share({"b": jnp.zeros(4)}, 10) == 1
+  np.testing.assert_allclose(direction.recommended_share(small, 6_400), 0.5, rtol=1e-6)
+  kernel = {"kernel": jnp.ones((3, 3, 8, 128)), "w": jnp.ones((32, 288))}  # 72 and 32 wide, of one size
+  share = np.sqrt(32 / np.sqrt(72 * 32))
+  np.testing.assert_allclose(direction.recommended_share(kernel, jnp.int32(200)), share, rtol=1e-6)
+
+
 def test_weight_decay_is_adamws():
   """Δp = -α (u + λ p), where the mask lets it."""
   trained = optimizer()
