@@ -21,7 +21,9 @@ SHAPES += [(64,), (128,), (16,), (32,), ()]
 BASELINES = ("adamw", "muon")
 NAMES = configuration.choices("architectures")
 CASES = [*BASELINES, *NAMES, *(f"direction/{name}" for name in NAMES)]
-CASES += [f"{name}:{number}" for name in ("adamw", "muon", "direction/tensor_mlp", "direction/mlp") for number in (200, 800)]
+CASES += [
+  f"{name}:{number}" for name in ("adamw", "muon", "direction/tensor_mlp", "direction/mlp") for number in (200, 800)
+]
 
 
 def measure(case: str) -> bench.Figures:
