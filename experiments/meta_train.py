@@ -25,7 +25,7 @@ from absl import flags, logging
 
 from lopt import command_line, configuration, experiment, running
 from lopt.outer import parallel
-from lopt.runs import lock
+from lopt.runs import checkpoints, lock
 
 CONFIG = command_line.define_flag(
   "config",
@@ -97,7 +97,8 @@ def run(argv: list[str]) -> None:
 
 def command() -> None:
   """What `lopt meta-train` and this script run."""
-  command_line.run(run, name="meta_train.py", again="the same command continues from the last checkpoint")
+  again = "the same command continues from the last checkpoint"
+  command_line.run(run, name="meta_train.py", again=again, errors=(checkpoints.CheckpointError, FloatingPointError))
 
 
 if __name__ == "__main__":

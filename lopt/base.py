@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import optax
 from jaxtyping import Array, Float, Int, Key, UInt32
 
@@ -33,6 +34,12 @@ TaskParams = PyTree  # arrays that say which task of a family this is
 Batch = PyTree
 State = PyTree
 Metrics = dict[str, Scalar]
+
+
+def name_of(path: jax.tree_util.KeyPath) -> str:
+  """The name of a leaf: its path in the pytree, such as `mlp/~/linear_0/w`; "" where the leaf is the tree."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
 
 SPLITS = ("train", "validation", "test")
 

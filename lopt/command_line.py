@@ -10,32 +10,25 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from lopt.runs import checkpoints, interruption, lock, trained
+from lopt.runs import interruption, lock, trained
 from lopt.signatures import ConfigError
 
-ERRORS = (
-  ConfigError,
-  trained.LoadError,
-  checkpoints.CheckpointError,
-  lock.LockedError,
-  FloatingPointError,
-  OSError,
-)
-"""What a command says in one line."""
 
-
-def run(main: Callable[[list[str]], None], *, name: str, again: str) -> None:
+def run(
+  main: Callable[[list[str]], None], *, name: str, again: str, errors: tuple[type[Exception], ...] = ()
+) -> None:
   """`app.run(main)` that ends with one line and an exit code where something is wrong or it is interrupted.
 
   Args:
     main: takes what of the command line is no flag.
     name: of the command, with which the line begins.
     again: what happens if an interrupted one is called once more.
+    errors: of its own, that it says in one line.
   """
   try:
     with interruption.immediate("stopped by SIGTERM"):
       app.run(main, flags_parser=_parse_flags)
-  except ERRORS as error:
+  except (ConfigError, trained.LoadError, lock.LockedError, OSError, *errors) as error:
     sys.exit(f"{name}: {error}")
   except KeyboardInterrupt as error:
     print(f"\n{name}: {str(error) or 'interrupted'}; {again}", file=sys.stderr, flush=True)

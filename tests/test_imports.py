@@ -49,9 +49,10 @@ def violations(root: Path) -> list[str]:
       continue
     for other in _imports(tree, name, packages, sources):
       other_layer = _layer(other)
-      if name:
-        packages_used.setdefault(name.split(".")[0], set()).update({other.split(".")[0]} - {name.split(".")[0]})
-      same_package = "." in name and name.split(".")[0] == other.split(".")[0]
+      package, other_package = name.split(".")[0], other.split(".")[0]
+      if name and package != other_package:
+        packages_used.setdefault(package, set()).add(other_package)
+      same_package = "." in name and package == other_package
       helper = same_package and other_layer == layer and other not in chosen
       if other_layer is not None and other_layer >= layer and not helper:
         found.append(f"{name} imports {other}")

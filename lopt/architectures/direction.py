@@ -154,7 +154,7 @@ def _direction(
 
     def unit_direction(path, d, n):
       v = _unit(d) - strength * n
-      if v.ndim < 2 or is_named(path, elementwise):
+      if v.ndim < 2 or any(part in base.name_of(path) for part in elementwise):
         return _unit(v)
       return _unit(orthogonalise(v.reshape(-1, v.shape[-1])).reshape(v.shape))
 
@@ -162,12 +162,6 @@ def _direction(
     return directions, DirectionState(count, mean_rms, adam_state, network_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def is_named(path: Any, parts: tuple[str, ...]) -> bool:
-  """Whether the name of a tensor, its path in the parameters joined by `/`, has one of the parts in it."""
-  name = jax.tree_util.keystr(path, simple=True, separator="/")
-  return any(part in name for part in parts)
 
 
 def orthogonalise(x: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:

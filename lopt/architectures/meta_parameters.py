@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from lopt.base import LearnedOptimizer, Theta
+from lopt.base import LearnedOptimizer, Theta, name_of
 
 
 def named(theta: Theta) -> dict[str, Any]:
@@ -15,7 +15,7 @@ def named(theta: Theta) -> dict[str, Any]:
     ValueError: Two leaves have the same path.
   """
   leaves = jax.tree_util.tree_leaves_with_path(theta)
-  names = [jax.tree_util.keystr(path, simple=True, separator="/") or "theta" for path, _ in leaves]
+  names = [name_of(path) or "theta" for path, _ in leaves]
   if len(set(names)) < len(names):
     raise ValueError(f"two leaves of θ have the same path, one of {', '.join(sorted(names))}")
   return dict(zip(names, (leaf for _, leaf in leaves), strict=True))

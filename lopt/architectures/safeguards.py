@@ -199,7 +199,7 @@ def scale_with_width(
   checks.require(0 <= width_power < math.inf, "width_power", width_power, "at least 0")
 
   def scale(path, u):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    name = base.name_of(path)
     if u.ndim < 2 or name.startswith(tuple(input_layers)):
       return u
     return u * (base_width / u.shape[-2]) ** width_power

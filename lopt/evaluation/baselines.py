@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from lopt.architectures import direction
-from lopt.base import LearnedOptimizer, Params, PRNGKey, State, Theta
+from lopt.base import LearnedOptimizer, Params, PRNGKey, State, Theta, name_of
 
 Step = Int[Array, ""]
 
@@ -163,9 +163,7 @@ _LAYER = re.compile(r"^(?P<module>.*?)(_(?P<number>\d+))?/w$")
 
 
 def _names(params: Params) -> list[str]:
-  return [
-    jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(params)
-  ]
+  return [name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
 
 def _output(params: Params) -> str | None:

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from lopt.architectures import direction, sharding
-from lopt.base import LearnedOptimizer, PyTree, Theta
+from lopt.base import LearnedOptimizer, PyTree, Theta, name_of
 
 LARGEST_GRADIENT, LARGEST_OF_DIRECTIONS = 1e12, 1e36
 """Beyond these a tensor's gradients are scaled down. Up to the first, powers and products in features are finite in
@@ -115,17 +115,18 @@ class TrainedOptimizer(NamedTuple):
     build = self.architecture.direction
     if build is None:
       raise ValueError(f"direction: {_NO_DIRECTION}")
-    if elementwise is None:
-      return wrap(build, self.theta, num_steps, largest=LARGEST_OF_DIRECTIONS, state_dtype=state_dtype)
     if isinstance(elementwise, str):
       raise ValueError(f"elementwise: a tuple of parts of names, such as ({elementwise!r},), not {elementwise!r}")
-    parts = tuple(elementwise)
-    build = functools.partial(build, elementwise=parts)
+    parts = tuple(elementwise or ())
+    build = build if elementwise is None else functools.partial(build, elementwise=parts)
     tx = wrap(build, self.theta, num_steps, largest=LARGEST_OF_DIRECTIONS, state_dtype=state_dtype)
+    if not parts:
+      return tx
 
     def init(params: PyTree) -> PyTree:
+      state = tx.init(params)  # refuses what has no shape
       _check_names(params, parts)
-      return tx.init(params)
+      return state
 
     return optax.GradientTransformationExtraArgs(init, tx.update)
 
@@ -151,9 +152,8 @@ class TrainedOptimizer(NamedTuple):
 
 
 def _check_names(params: PyTree, parts: tuple[str, ...]) -> None:
-  matrices = [path for path, x in jax.tree_util.tree_leaves_with_path(params) if jnp.ndim(x) >= 2]
-  if missing := [part for part in parts if not any(direction.is_named(path, (part,)) for path in matrices)]:
-    names = sorted(jax.tree_util.keystr(path, simple=True, separator="/") for path in matrices)
+  names = sorted(name_of(path) for path, x in jax.tree_util.tree_leaves_with_path(params) if jnp.ndim(x) >= 2)
+  if missing := [part for part in parts if not any(part in name for name in names)]:
     there = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     raise ValueError(f"elementwise: {missing[0]!r} is in the name of no matrix; there are: {there or 'none'}")
 
@@ -232,7 +232,7 @@ def _prepared(tree: PyTree, what: str) -> PyTree:
   """
 
   def leaf(path: Any, x: Any) -> Array | None:
-    name = jax.tree_util.keystr(path, simple=True, separator="/") or "(the only one)"
+    name = name_of(path) or "(the only one)"
     dtype = getattr(x, "dtype", None)
     if dtype is None and not isinstance(x, (bool, int, float, complex)):
       kind = type(x).__name__
