@@ -71,9 +71,9 @@ class LearnedOptimizer(NamedTuple):
   """`(theta, num_steps) -> tx`. `num_steps` is the length of the inner run (may be traced); who needs no notion
   of it ignores it. Used as `tx.update(grads, state, params, value=loss)`."""
   direction: Callable[..., optax.GradientTransformationExtraArgs] | None = None
-  """`(theta, num_steps, elementwise=...) -> tx` whose updates point uphill and have no step size yet, as
-  `optax.scale_by_adam`'s; None of an architecture that decides how far to go. Matrices are orthogonalised, unless
-  `elementwise` has a part of their name."""
+  """`(theta, num_steps, matrices=...) -> tx` whose updates point uphill and have no step size yet, as
+  `optax.scale_by_adam`'s; None of an architecture that decides how far to go. What `matrices` says are some
+  (`architectures.direction.Matrices`) are orthogonalised."""
   schedule: Callable[[Any], optax.Schedule] | None = None
   """`(num_steps) -> schedule`: the learning rates recommended for the direction. `transform` is the direction with
   these."""

@@ -91,3 +91,46 @@ def test_spread_parameters(name, wrapped, axes):
       np.testing.assert_allclose(divided_updates[leaf], u, rtol=1e-3, atol=1e-5, err_msg=leaf)
   # One matrix for its orthogonalisation, but nothing with the axes of a state; the sums of a tensor are small.
   assert max(gathered(compiled.as_text() or ""), default=0) <= (576 if wrapped else 16)
+
+
+@pytest.mark.slow_but_for("explicit")
+@pytest.mark.parametrize("axes", AXES)
+def test_spread_stacks_of_layers(axes):
+  """A layer's arrays are laid out as the layer; a kernel whose first axis alone are inputs as it was given."""
+  specs = {
+    "w": PartitionSpec(None, "x", "y"),
+    "gain": PartitionSpec(None, "y"),
+    "query": PartitionSpec(None, "x", "y", None),
+  }
+  rng = np.random.default_rng(0)
+  shapes = {"w": (3, 8, 64), "gain": (3, 64), "query": (3, 8, 4, 16)}
+  params, gradients = ({k: np.asarray(rng.normal(size=v), np.float32) for k, v in shapes.items()} for _ in range(2))
+  tx = TrainedOptimizer(*zero_direction(), {})(num_steps=10, stacked=tuple(shapes), input_axes={"query": 1})
+  mesh = jax.make_mesh((2, 4), ("x", "y"), (AXES[axes],) * 2)
+  divided, divided_gradients = (
+    {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in tree.items()} for tree in (params, gradients)
+  )
+  state = tx.init(jax.tree.map(jnp.asarray, params))
+  expected, _ = jax.jit(tx.update)(gradients, state, params, value=1.0)
+  divided_state = tx.init(divided)
+  update = jax.jit(lambda gradients, state, params: tx.update(gradients, state, params, value=1.0))
+  compiled = update.lower(divided_gradients, divided_state, divided).compile()
+  updates, divided_state = compiled(divided_gradients, divided_state, divided)
+  for name, u in expected.items():
+    np.testing.assert_allclose(updates[name], u, rtol=1e-3, atol=1e-5, err_msg=name)
+    assert updates[name].sharding.is_equivalent_to(divided[name].sharding, u.ndim), name
+  for path, x in jax.tree_util.tree_leaves_with_path(divided_state):
+    (name,) = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in shapes] or [None]
+    if name is not None and x.ndim >= len(shapes[name]):
+      first, *rest = specs[name]
+      spec = PartitionSpec(first, *[None] * (x.ndim - len(shapes[name])), *rest)
+      assert x.sharding.is_equivalent_to(NamedSharding(x.sharding.mesh, spec), x.ndim), f"{path}: {x.sharding}"
+  # The matrices of a stack for their orthogonalisation, but nothing with the axes of a state.
+  assert max(gathered(compiled.as_text() or ""), default=0) <= 3 * 8 * 64
+
+
+def zero_direction():
+  architecture = configuration.build(
+    "architectures", {"name": "tensor_mlp", "direction": {"learning_rate": 0.02}}, where="architecture"
+  )
+  return architecture.init(jax.random.key(0)), architecture

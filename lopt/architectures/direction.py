@@ -7,6 +7,8 @@ good hand-made direction, and it may be any architecture.
 """
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +27,26 @@ SMALL_WIDTH, SHORT_RUN = 32, 200
 """Up to where learning rates are recommended as they were found; for wider networks and longer runs lower ones."""
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Muon's coefficients: five steps take every singular value from 0.01 to 1 to somewhere in 0.7 to 1.2."""
+
+
+class Matrices(NamedTuple):
+  """Which tensors are matrices, for orthogonalisation: those with two axes or more, but for what is said here."""
+
+  elementwise: tuple[str, ...] | None = None
+  """Parts of the names of tensors that are none; None: the direction's own. A name is a tensor's path in the
+  parameters, joined by `/`."""
+  input_axes: Mapping[str, int] = MappingProxyType({})
+  """For parts of names, how many of a tensor's axes are the rows, from the first on; else all but the last are."""
+
+  def sides(self, name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Rows and columns; None of what is no matrix."""
+    if len(shape) < 2 or any(part in name for part in self.elementwise or ()):
+      return None
+    rows = next((axes for part, axes in self.input_axes.items() if part in name), len(shape) - 1)
+    return math.prod(shape[:rows]), math.prod(shape[rows:])
+
+
+USUAL = Matrices()
 
 
 class DirectionState(NamedTuple):
@@ -65,8 +87,7 @@ def wrap(
       `recommended_share`.
     warmup: Share of the steps in which α_t rises to α.
     strength: c.
-    elementwise: Parts of the names of tensors that are not orthogonalised, such as "embed". A name is a tensor's path
-      in the parameters, joined by `/`.
+    elementwise: Parts of the names of tensors that are not orthogonalised, such as "embed": see `Matrices`.
 
   Returns:
     The optimizer, with u as its `direction`.
@@ -79,9 +100,11 @@ def wrap(
   checks.require(0 <= strength < math.inf, "strength", strength, "at least 0 and finite")
 
   def direction(
-    theta: base.Theta, num_steps: Any, elementwise: tuple[str, ...] = elementwise
+    theta: base.Theta, num_steps: Any, matrices: Matrices = USUAL
   ) -> optax.GradientTransformationExtraArgs:
-    return _direction(optimizer.transform(theta, num_steps), strength, elementwise)
+    if matrices.elementwise is None:
+      matrices = matrices._replace(elementwise=elementwise)
+    return _direction(optimizer.transform(theta, num_steps), strength, matrices)
 
   def schedule(num_steps: Any) -> optax.Schedule:
     factor = warmup_cosine(num_steps, warmup)
@@ -106,7 +129,7 @@ def warmup_cosine(num_steps: Any, warmup: float) -> optax.Schedule:
   return factor
 
 
-def recommended_share(params: base.Params, num_steps: Any) -> Any:
+def recommended_share(params: base.Params, num_steps: Any, matrices: Matrices = USUAL) -> Any:
   """The share of the recommended learning rate that is recommended for such parameters and as many steps.
 
       min(1, √(32 / w)) · min(1, (200 / T)^(1/5))
@@ -115,8 +138,9 @@ def recommended_share(params: base.Params, num_steps: Any) -> Any:
   of 1 an orthogonal matrix has singular values of √width, which is the first factor; the second was found by
   measurement, as was that both hold (`experiments/notes/directions.md`).
   """
-  shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
-  sides = [(math.prod(shape[:-1]), shape[-1]) for shape in shapes if len(shape) >= 2 and math.prod(shape) > 0]
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  all_sides = [matrices.sides(base.name_of(path), jnp.shape(x)) for path, x in leaves]
+  sides = [pair for pair in all_sides if pair and math.prod(pair) > 0]
   total = sum(rows * columns for rows, columns in sides)
   log_width = sum(rows * columns * math.log(min(rows, columns)) for rows, columns in sides) / max(total, 1)
   narrower = min(1.0, math.sqrt(SMALL_WIDTH / math.exp(log_width)))
@@ -124,7 +148,7 @@ def recommended_share(params: base.Params, num_steps: Any) -> Any:
 
 
 def _direction(
-  network: optax.GradientTransformationExtraArgs, strength: float, elementwise: tuple[str, ...]
+  network: optax.GradientTransformationExtraArgs, strength: float, matrices: Matrices
 ) -> optax.GradientTransformationExtraArgs:
   b1, b2 = BETAS
   # The ε under the root, far below the other: derivatives are finite where gradients are zero (backpropagation).
@@ -154,9 +178,8 @@ def _direction(
 
     def unit_direction(path, d, n):
       v = _unit(d) - strength * n
-      if v.ndim < 2 or any(part in base.name_of(path) for part in elementwise):
-        return _unit(v)
-      return _unit(orthogonalise(v.reshape(-1, v.shape[-1])).reshape(v.shape))
+      sides = matrices.sides(base.name_of(path), v.shape)
+      return _unit(v) if sides is None else _unit(orthogonalise(v.reshape(sides)).reshape(v.shape))
 
     directions = jax.tree_util.tree_map_with_path(unit_direction, d, n)
     return directions, DirectionState(count, mean_rms, adam_state, network_state)

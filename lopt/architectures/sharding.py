@@ -5,14 +5,16 @@ divide it as the parameters are divided. Meshes with explicit axes, where every 
 result is laid out, become ones with automatic axes while an optimizer computes.
 """
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.experimental.shard_alike import shard_alike
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from lopt import base
@@ -48,6 +50,15 @@ def zeros_like(x: Array, *leading: int, averaged: int | None = None) -> Array:
   if _is_automatic(x) and averaged is None and may_be_divided():
     zeros, _ = shard_alike(zeros, jax.lax.broadcast(x, leading))
   return zeros
+
+
+def within_mesh(tree: base.PyTree) -> AbstractContextManager[Any]:
+  """A context in which the arrays' mesh of explicit axes is the current one: for `jax.vmap` outside of `jit`."""
+  layouts = [x.sharding for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
+  meshes = [
+    x.mesh for x in layouts if isinstance(x, NamedSharding) and isinstance(x.mesh, Mesh) and x.mesh.explicit_axes
+  ]
+  return jax.set_mesh(meshes[0]) if meshes else contextlib.nullcontext()
 
 
 def _is_automatic(x: Array) -> bool:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +11,10 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array
 
-from lopt.architectures import direction, sharding
+from lopt.architectures import sharding
+from lopt.architectures.direction import Matrices, recommended_share
 from lopt.base import LearnedOptimizer, PyTree, Theta, name_of
+from lopt.runs.stacked import layer_by_layer, unstacked
 
 LARGEST_GRADIENT, LARGEST_OF_DIRECTIONS = 1e12, 1e36
 """Beyond these a tensor's gradients are scaled down. Up to the first, powers and products in features are finite in
@@ -59,6 +61,8 @@ class TrainedOptimizer(NamedTuple):
     weight_decay: float = 0.0,
     mask: Any | Callable[[PyTree], Any] | None = None,
     elementwise: Sequence[str] | None = None,
+    input_axes: Mapping[str, int] | None = None,
+    stacked: Sequence[str] = (),
     state_dtype: Any = jnp.float32,
   ) -> optax.GradientTransformationExtraArgs:
     """Δp = -α_t (u + λ p) for a run of `num_steps` steps, with the direction u.
@@ -72,11 +76,16 @@ class TrainedOptimizer(NamedTuple):
       elementwise: Parts of the names of tensors that are not orthogonalised, such as `("embed",)`; a name is a
         tensor's path in the parameters, joined by `/`. None: as in meta-training; what ships orthogonalises all
         tensors with two axes or more.
+      input_axes: For parts of names, how many of a tensor's axes are inputs, from the first on; the others are
+        outputs. `{"query": 1, "key": 1, "value": 1}` for attention with kernels of [inputs, heads, size]. Of other
+        tensors all axes but the last are inputs.
+      stacked: Parts of the names of tensors whose first axis counts layers (`hk.layer_stack`, `nnx.scan`, a
+        `jax.lax.scan` over layers). Each layer then is a tensor of its own, and what stands above is of its axes.
       state_dtype: What the state's arrays are rounded to between steps: float32, or bfloat16, for half the memory.
 
     Raises:
       ValueError: `num_steps` is below 1; `state_dtype` is neither of the two; neither `num_steps` nor a learning rate
-        is given; no matrix has one of the names, once there are parameters; or an optimizer that decides on its steps
+        is given; no tensor has one of the names, once there are parameters; or an optimizer that decides on its steps
         by itself is given a learning rate, weight decay or names.
     """
     if num_steps is not None and not isinstance(num_steps, Tracer) and not _is_count(num_steps):
@@ -84,6 +93,7 @@ class TrainedOptimizer(NamedTuple):
       raise ValueError(f"num_steps: {num_steps!r} is not a number of training steps; it must be at least 1{hint}")
     if self.learning_rate is None:
       given = {"learning_rate": learning_rate, "weight_decay": weight_decay or None, "elementwise": elementwise}
+      given |= {"input_axes": input_axes or None, "stacked": stacked or None}
       if refused := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"{refused[0]}: {_NO_DIRECTION}")
       if num_steps is None:
@@ -93,42 +103,37 @@ class TrainedOptimizer(NamedTuple):
       )
     if learning_rate is None and num_steps is None:
       raise ValueError("num_steps: give it, for the recommended learning rates, or a learning_rate")
-    sized = self._by_width(num_steps) if learning_rate is None else optax.scale_by_learning_rate(learning_rate)
+    layout = _layout(elementwise, input_axes, stacked)
+    tx = self._direction(num_steps, layout, state_dtype)
+    sized = (
+      self._by_width(num_steps, layout) if learning_rate is None else optax.scale_by_learning_rate(learning_rate)
+    )
     decay = optax.add_decayed_weights(weight_decay, mask) if weight_decay else optax.identity()
-    tx = self.direction(num_steps, elementwise=elementwise, state_dtype=state_dtype)
     return optax.chain(tx, decay, sized)
 
   def direction(
-    self, num_steps: Any = None, *, elementwise: Sequence[str] | None = None, state_dtype: Any = jnp.float32
+    self,
+    num_steps: Any = None,
+    *,
+    elementwise: Sequence[str] | None = None,
+    input_axes: Mapping[str, int] | None = None,
+    stacked: Sequence[str] = (),
+    state_dtype: Any = jnp.float32,
   ) -> optax.GradientTransformationExtraArgs:
     """The direction u alone, uphill as `optax.scale_by_adam`'s and of unit size, to be chained with what sizes steps.
 
     Args:
       num_steps: Length of the run, for architectures that use it.
-      elementwise: As above.
-      state_dtype: As above.
+      elementwise: As above, and likewise the others.
+      input_axes: Sizes of matrices.
+      stacked: Layers.
+      state_dtype: Precision.
 
     Raises:
-      ValueError: `state_dtype` is neither float32 nor bfloat16, no matrix has one of the names, or the optimizer
+      ValueError: `state_dtype` is neither float32 nor bfloat16, no tensor has one of the names, or the optimizer
         decides on its steps by itself.
     """
-    build = self.architecture.direction
-    if build is None:
-      raise ValueError(f"direction: {_NO_DIRECTION}")
-    if isinstance(elementwise, str):
-      raise ValueError(f"elementwise: a tuple of parts of names, such as ({elementwise!r},), not {elementwise!r}")
-    parts = tuple(elementwise or ())
-    build = build if elementwise is None else functools.partial(build, elementwise=parts)
-    tx = wrap(build, self.theta, num_steps, largest=LARGEST_OF_DIRECTIONS, state_dtype=state_dtype)
-    if not parts:
-      return tx
-
-    def init(params: PyTree) -> PyTree:
-      state = tx.init(params)  # refuses what has no shape
-      _check_names(params, parts)
-      return state
-
-    return optax.GradientTransformationExtraArgs(init, tx.update)
+    return self._direction(num_steps, _layout(elementwise, input_axes, stacked), state_dtype)
 
   def schedule(self, num_steps: Any, params: PyTree | None = None) -> optax.Schedule:
     """The recommended learning rate at each of `num_steps` steps: warm-up, then a cosine to zero.
@@ -137,25 +142,79 @@ class TrainedOptimizer(NamedTuple):
       num_steps: Length of the run.
       params: Of the network, or arrays of their shapes; None: of one whose width is at most 32.
     """
+    return self._schedule(num_steps, params, Matrices())
+
+  def _direction(self, num_steps: Any, layout: "_Layout", state_dtype: Any) -> optax.GradientTransformationExtraArgs:
+    build = self.architecture.direction
+    if build is None:
+      raise ValueError(f"direction: {_NO_DIRECTION}")
+    build = functools.partial(build, matrices=layout.matrices)
+    tx = wrap(build, self.theta, num_steps, largest=LARGEST_OF_DIRECTIONS, state_dtype=state_dtype)
+    if layout.stacked:
+      tx = layer_by_layer(tx, layout.stacked)
+
+    def init(params: PyTree) -> PyTree:
+      state = tx.init(params)  # refuses what has no shape
+      _check_names(params, layout)
+      return state
+
+    return optax.GradientTransformationExtraArgs(init, tx.update)
+
+  def _schedule(self, num_steps: Any, params: PyTree | None, matrices: Matrices) -> optax.Schedule:
     if self.architecture.schedule is None:
       raise ValueError(f"schedule: {_NO_DIRECTION}")
-    rate, share = self.architecture.schedule(num_steps), direction.recommended_share(params, num_steps)
+    rate = self.architecture.schedule(num_steps)
+    share = recommended_share(params, num_steps, matrices)
     return lambda count: share * rate(count)
 
-  def _by_width(self, num_steps: Any) -> optax.GradientTransformation:
+  def _by_width(self, num_steps: Any, layout: "_Layout") -> optax.GradientTransformation:
     """`optax.scale_by_learning_rate` with the recommended rates for the tensors that it is given."""
 
     def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
-      return optax.scale_by_learning_rate(self.schedule(num_steps, updates)).update(updates, state, params)
+      schedule = self._schedule(num_steps, unstacked(updates, layout.stacked), layout.matrices)
+      return optax.scale_by_learning_rate(schedule).update(updates, state, params)
 
     return optax.GradientTransformation(optax.scale_by_learning_rate(self.schedule(num_steps)).init, update)
 
 
-def _check_names(params: PyTree, parts: tuple[str, ...]) -> None:
-  names = sorted(name_of(path) for path, x in jax.tree_util.tree_leaves_with_path(params) if jnp.ndim(x) >= 2)
-  if missing := [part for part in parts if not any(part in name for name in names)]:
-    there = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    raise ValueError(f"elementwise: {missing[0]!r} is in the name of no matrix; there are: {there or 'none'}")
+class _Layout(NamedTuple):
+  """What a user says of tensors, by their names."""
+
+  matrices: Matrices
+  stacked: tuple[str, ...]
+
+
+def _layout(
+  elementwise: Sequence[str] | None, input_axes: Mapping[str, int] | None, stacked: Sequence[str]
+) -> _Layout:
+  for option, parts in (("elementwise", elementwise), ("stacked", stacked)):
+    if isinstance(parts, str):
+      raise ValueError(f"{option}: a tuple of parts of names, such as ({parts!r},), not {parts!r}")
+  for part, axes in (input_axes or {}).items():
+    if isinstance(axes, bool) or not isinstance(axes, int) or axes < 1:
+      raise ValueError(f"input_axes: {part!r} has {axes!r}, and must have a number of axes, at least 1")
+  own = None if elementwise is None else tuple(elementwise)
+  return _Layout(Matrices(own, dict(input_axes or {})), tuple(stacked))
+
+
+def _check_names(params: PyTree, layout: _Layout) -> None:
+  """That every part is in a name, and input axes leave some for outputs."""
+  layers = unstacked(params, layout.stacked)
+  axes_of = {name_of(path): len(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(layers)}
+  all_names = [name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  matrices = sorted(name for name, axes in axes_of.items() if axes >= 2)
+  given = {"elementwise": layout.matrices.elementwise or (), "input_axes": tuple(layout.matrices.input_axes)}
+  for option, parts, names, what in (
+    *((option, parts, matrices, "matrix") for option, parts in given.items()),
+    ("stacked", layout.stacked, sorted(all_names), "tensor"),
+  ):
+    if missing := [part for part in parts if not any(part in name for name in names)]:
+      there = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+      raise ValueError(f"{option}: {missing[0]!r} is in the name of no {what}; there are: {there or 'none'}")
+  for part, rows in layout.matrices.input_axes.items():
+    for name in matrices:
+      if part in name and rows >= axes_of[name]:
+        raise ValueError(f"input_axes: {part!r} has {rows}, but {name} has {axes_of[name]} axes: no output is left")
 
 
 def _is_count(x: Any) -> bool:
