@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
   ("base", "checks", "lazy", "signatures", "version", "runs.files"),
   ("configuration", "architectures", "tasks", "outer", "runs", "evaluation.measures"),
-  ("inner_training", "evaluation.baselines", "runs.trained", "runs.drop_in", "runs.cache"),
+  ("inner_training", "evaluation.baselines", "runs.trained", "runs.drop_in", "runs.stacked", "runs.cache"),
   ("outer.meta_training",),
   ("experiment", "command_line"),
   ("evaluation.inner_runs",),
