@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lopt import base
 from lopt.architectures import fused_mlp, sharding
 
 
@@ -80,37 +81,38 @@ FEW_COLUMNS = 16
 
 # Of columns: with two hidden layers of 32 for a pair of particles a small block fits a cache of 1 MB. A large one is
 # work enough for all cores, where one program has several; it is for tensors of which no more than one is in memory.
-SMALL_BLOCK, LARGE_BLOCK, LARGE_TENSOR = 1_024, 32_768, 2**18
+SMALL_BLOCK, LARGE_BLOCK, LARGE_TENSOR = 1_024, 8_192, 2**18
 
 
-def by_blocks(
-  function: Callable[..., Float[Array, "outputs *n"]], *features: Float[Array, "_ *n"]
-) -> Float[Array, "outputs *n"]:
+def by_blocks(function: Callable[..., base.PyTree], *features: base.PyTree, large: int = LARGE_BLOCK) -> base.PyTree:
   """`function(*features)`, whose columns do not depend on each other, a block of columns at a time.
 
   What it computes on the way then stays in the caches, where for a tensor of 10⁵ parameters it would not. The last
   block begins early enough to be a whole one. Tensors that may have parts on several devices are not cut into blocks:
   each device would need all of them.
+
+  Args:
+    function: Of trees of arrays [rows, *n] to another, with as many columns.
+    *features: What it is called with.
+    large: Columns in a block of a large tensor.
   """
   if sharding.may_be_divided():
     return function(*features)
-  shape = features[0].shape[1:]
-  outputs = _by_blocks(function, *(x.reshape(len(x), -1) for x in features))
-  return outputs.reshape(len(outputs), *shape)
+  shape = jax.tree.leaves(features)[0].shape[1:]
+  outputs = _by_blocks(function, large, *jax.tree.map(lambda x: x.reshape(len(x), -1), features))
+  return jax.tree.map(lambda x: x.reshape(len(x), *shape), outputs)
 
 
-def _by_blocks(
-  function: Callable[..., Float[Array, "outputs n"]], *features: Float[Array, "_ n"]
-) -> Float[Array, "outputs n"]:
-  number = features[0].shape[1]
-  size = SMALL_BLOCK if number < LARGE_TENSOR else LARGE_BLOCK
+def _by_blocks(function: Callable[..., base.PyTree], large: int, *features: base.PyTree) -> base.PyTree:
+  number = jax.tree.leaves(features)[0].shape[1]
+  size = SMALL_BLOCK if number < LARGE_TENSOR else large
   if number <= 2 * size:
     return function(*features)
 
   def body(i, outputs):
     start = jnp.minimum(i * size, number - size)
-    block = function(*(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in features))
-    return jax.lax.dynamic_update_slice_in_dim(outputs, block, start, axis=1)
+    block = function(*jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), features))
+    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=1), outputs, block)
 
-  shape = jax.eval_shape(function, *features)
-  return jax.lax.fori_loop(0, math.ceil(number / size), body, jnp.zeros(shape.shape, shape.dtype))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *features))
+  return jax.lax.fori_loop(0, math.ceil(number / size), body, zeros)

@@ -3,6 +3,7 @@
 M. Andrychowicz et al., "Learning to learn by gradient descent by gradient descent", NIPS 2016.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from lopt import base
 from lopt.architectures import layers, origin, sharding
 
 LSTMStates = tuple[hk.LSTMState, ...]
+LARGE_BLOCK = 4_096  # half of that of other networks: there is as much again for each parameter
 
 
 def log_and_sign(gradient: Float[Array, "*n"], p: float) -> Float[Array, "2 *n"]:
@@ -81,13 +83,13 @@ def build(
   if not p > 0:
     raise ValueError(f"p: must be above 0, not {p}")
 
-  def network(gradient: Float[Array, "*n"], states: LSTMStates) -> tuple[Float[Array, "*n"], LSTMStates]:
-    hidden, new = log_and_sign(gradient, p), []
+  def network(gradient: Float[Array, "1 *n"], states: LSTMStates) -> tuple[Float[Array, "1 *n"], LSTMStates]:
+    hidden, new = log_and_sign(gradient[0], p), []
     for size, state in zip(hidden_sizes, states, strict=True):
       hidden, state = LSTM(size)(hidden, state)
       new.append(state)
     w, b = layers.LinearWeights("linear")(hidden_sizes[-1], 1, jnp.zeros if zero_output else None)
-    return jnp.tensordot(w[:, 0], hidden, 1) + b.reshape([1] * (hidden.ndim - 1)), tuple(new)
+    return jnp.tensordot(w, hidden, (0, 0)) + b.reshape([1] * hidden.ndim), tuple(new)
 
   net = hk.without_apply_rng(hk.transform(network))
 
@@ -95,7 +97,7 @@ def build(
     return tuple(hk.LSTMState(sharding.zeros_like(p, size), sharding.zeros_like(p, size)) for size in hidden_sizes)
 
   def init(key: base.PRNGKey) -> base.Theta:
-    return net.init(key, jnp.zeros(1), start(jnp.zeros(1)))
+    return net.init(key, jnp.zeros((1, 1)), start(jnp.zeros(1)))
 
   def transform(theta: base.Theta, num_steps: Any) -> optax.GradientTransformationExtraArgs:
     del num_steps
@@ -107,9 +109,12 @@ def build(
       del params, extra_args
       gradients, structure = jax.tree.flatten(updates)
       states = structure.flatten_up_to(state)
-      results = [net.apply(theta, g, s) for g, s in zip(gradients, states, strict=True)]
-      steps, states = ([result[i] for result in results] for i in range(2))
-      return structure.unflatten([step_multiplier * step for step in steps]), structure.unflatten(states)
+      apply = functools.partial(net.apply, theta)
+      results = [
+        layers.by_blocks(apply, g[None], s, large=LARGE_BLOCK) for g, s in zip(gradients, states, strict=True)
+      ]
+      steps = [step_multiplier * step[0] for step, _ in results]
+      return structure.unflatten(steps), structure.unflatten([state for _, state in results])
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
