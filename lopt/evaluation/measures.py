@@ -24,8 +24,8 @@ NUM_RESAMPLES = 1000
 CONFIDENCE = 0.95
 PRECISION = 1e-6
 """To which relative difference two losses are the same."""
-TINY = 1e-12
-"""Losses below this count as this in logarithms."""
+ZERO = 1e-7
+"""Losses up to this are the same, and are rounding: float32 tells a probability from 1 by 6e-8 at best."""
 
 
 class SpeedUp(NamedTuple):
@@ -40,13 +40,17 @@ def speed_up(goal: float, lengths: Sequence[float], losses: Sequence[float]) -> 
   """The length of the rival's run that ends with the loss `goal`.
 
   Between two lengths the logarithm of the loss is straight in that of the length. Where a longer run ends with a
-  higher loss than a shorter one, the shorter one counts.
+  higher loss than a shorter one, the shorter one counts. Where both are at zero after as many steps, it is 1: nothing
+  tells them apart.
 
   Args:
     goal: The loss that the optimizer ends with after a run of length 1.
     lengths: Of the rival's runs, ascending.
     losses: That these end with.
   """
+  goal, losses = max(goal, ZERO), [max(loss, ZERO) for loss in losses]
+  if goal == ZERO == dict(zip(lengths, losses, strict=True)).get(1.0):
+    return SpeedUp(1.0)
   highest = goal + PRECISION * abs(goal)  # means of the same float32 numbers differ by how they are added up
   reached = [loss <= highest for loss in losses]
   if not any(reached):
@@ -54,7 +58,7 @@ def speed_up(goal: float, lengths: Sequence[float], losses: Sequence[float]) -> 
   i = reached.index(True)
   if i == 0:
     return SpeedUp(lengths[0], "" if losses[0] >= goal - PRECISION * abs(goal) else "≤")
-  before, here, there = (math.log(max(x, TINY)) for x in (losses[i - 1], goal, losses[i]))
+  before, here, there = (math.log(x) for x in (losses[i - 1], goal, losses[i]))
   share = min((before - here) / (before - there), 1.0) if before > there else 1.0
   return SpeedUp(lengths[i - 1] * (lengths[i] / lengths[i - 1]) ** share)
 
@@ -70,7 +74,7 @@ def cross_fit(losses: Float[np.ndarray, "seeds rates"]) -> Int[np.ndarray, " see
 
 def regret(losses: Float[np.ndarray, "tasks rates"]) -> Float[np.ndarray, " rates"]:
   """How much is lost by one learning rate for all tasks: the mean over tasks of log(loss / lowest loss)."""
-  logs = np.log(np.maximum(losses, TINY))
+  logs = np.log(np.maximum(losses, ZERO))
   return np.mean(logs - logs.min(axis=1, keepdims=True), axis=0)
 
 

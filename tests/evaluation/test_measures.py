@@ -44,6 +44,15 @@ def test_speed_up_takes_the_shortest_run_that_is_there():
   )
 
 
+def test_losses_that_are_rounding_are_not_told_apart():
+  """1e-10 and 0 are the same in float32: after as many steps that is a draw; a rival at 1e-5 is not there yet."""
+  for goal in (0.0, 1e-10, 9e-8):
+    assert measures.speed_up(goal, LENGTHS, [1e-9, 0.0, 0.0, 0.0]) == measures.SpeedUp(1.0)
+    assert measures.speed_up(goal, LENGTHS, [1e-3, 1e-5, 0.0, 0.0]).value == pytest.approx(2.0)
+  assert measures.speed_up(1e-5, LENGTHS, [0.0, 0.0, 0.0, 0.0]) == measures.SpeedUp(0.5, "≤")
+  np.testing.assert_allclose(measures.regret(np.array([[0.0, 1e-10, 1e-3]])), [0, 0, np.log(1e4)])
+
+
 def test_cross_fit_takes_for_each_seed_what_is_best_for_the_others():
   losses = np.random.default_rng(1).normal(size=(6, 4))
   expected = [min(range(4), key=lambda k: sum(losses[j, k] for j in range(6) if j != i)) for i in range(6)]
