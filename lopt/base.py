@@ -37,7 +37,12 @@ Metrics = dict[str, Scalar]
 
 
 def name_of(path: jax.tree_util.KeyPath) -> str:
-  """The name of a leaf: its path in the pytree, such as `mlp/~/linear_0/w`; "" where the leaf is the tree."""
+  """The name of a leaf: its path in the pytree, such as `mlp/~/linear_0/w`; "" where the leaf is the tree.
+
+  The value of a variable of Flax NNX has the variable's name: `linear/kernel`, not `linear/kernel/value`.
+  """
+  if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+    path = path[:-1]
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

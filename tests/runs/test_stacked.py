@@ -90,3 +90,24 @@ def test_input_axes_are_the_rows():
 def test_names_that_fit_nothing_are_refused(options, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     lopt.load("tensor_mlp")(learning_rate=0.1, **options).init(pair(0)[1])
+
+
+def test_layers_of_flax_that_are_scanned():
+  """Names are those of the variables; attention's kernels are of [layers, inputs, heads, size]."""
+  nnx = pytest.importorskip("flax.nnx")
+
+  @nnx.vmap(in_axes=0, out_axes=0)
+  def blocks(key):
+    return nnx.MultiHeadAttention(num_heads=2, in_features=8, decode=False, rngs=nnx.Rngs(key))
+
+  params = nnx.state(blocks(jax.random.split(jax.random.key(0), NUM_LAYERS)), nnx.Param)
+  names = ["key/kernel", "query/kernel", "value/kernel"]
+  options = {"input_axes": dict.fromkeys(names, 1), "elementwise": ("bias",)}
+  tx = lopt.load("tensor_mlp").direction(stacked=("kernel", "bias"), **options)
+  gradients = jax.tree.map(jnp.sin, params)
+  updates, _ = tx.update(gradients, tx.init(params), params)
+  assert jax.tree.structure(updates) == jax.tree.structure(params)
+  layer, of_layer = (jax.tree.map(lambda x: x[1], tree) for tree in (params, gradients))
+  one = lopt.load("tensor_mlp").direction(**options)
+  expected, _ = one.update(of_layer, one.init(layer), layer)
+  jax.tree.map(lambda u, e: np.testing.assert_allclose(u[1], e, rtol=1e-3, atol=1e-5), updates, expected)
