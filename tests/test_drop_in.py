@@ -277,6 +277,16 @@ def test_orbax_saves_the_state(tx, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, compiled(*restored), compiled(params, state))
 
 
+def test_orbax_saves_the_state_of_stacks(tmp_path):
+  params = {"w": jnp.ones((2, 3, 4)), "b": jnp.ones(4)}
+  state = lopt.load("tensor_mlp").direction(stacked=("w",)).init(params)
+  with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "state", state)
+    checkpointer.wait_until_finished()
+    restored = checkpointer.restore(tmp_path / "state", jax.tree.map(jnp.ones_like, state))
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
 @pytest.mark.slow_but_for("tensor_mlp")
 def test_equinox(tx):
   model = eqx.nn.MLP(4, "scalar", 8, 1, key=jax.random.key(0))

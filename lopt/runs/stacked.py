@@ -30,7 +30,8 @@ def layer_by_layer(
   def init(params: PyTree) -> PyTree:
     with sharding.within_mesh(params):
       return {
-        size: jax.vmap(tx.init)(part) if size else tx.init(part) for size, part in _by_size(params, stacked).items()
+        _key(size): jax.vmap(tx.init)(part) if size else tx.init(part)
+        for size, part in _by_size(params, stacked).items()
       }
 
   def update(
@@ -40,14 +41,17 @@ def layer_by_layer(
       return tx.update(updates, state, params, **extra_args)
 
     parts = _by_size(updates, stacked)
+    if not parts:
+      return updates, state
     params_of = dict.fromkeys(parts) if params is None else _by_size(params, stacked)
     results = {
-      size: (jax.vmap(step) if size else step)(part, state[size], params_of[size]) for size, part in parts.items()
+      size: (jax.vmap(step) if size else step)(part, state[_key(size)], params_of[size])
+      for size, part in parts.items()
     }
     columns = [jax.tree.leaves(updates, is_leaf=_is_none) for updates, _ in results.values()]
     leaves = [next((x for x in row if x is not None), None) for row in zip(*columns, strict=True)]
     structure = jax.tree.structure(updates, is_leaf=_is_none)
-    return structure.unflatten(leaves), {size: state for size, (_, state) in results.items()}
+    return structure.unflatten(leaves), {_key(size): state for size, (_, state) in results.items()}
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -62,6 +66,11 @@ def unstacked(params: PyTree, stacked: tuple[str, ...]) -> PyTree:
     return (jax.ShapeDtypeStruct(shape[1:], jnp.float32),) * shape[0]
 
   return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def _key(size: int) -> str:
+  """In the state; a string, since checkpoints have no other keys."""
+  return f"stacks_of_{size}" if size else "others"
 
 
 def _by_size(tree: PyTree, stacked: tuple[str, ...]) -> dict[int, PyTree]:
