@@ -9,6 +9,8 @@ SUITE ?= fresh,data,size,horizon,architecture,loss
 BASELINES ?= adamw,muon
 TASKS ?= 3
 SEEDS ?= 2
+ROUNDS ?= 1
+ARCHITECTURES ?= tensor_mlp|mlp|adafactor_mlp|lstm
 BIN = .venv/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
@@ -36,10 +38,13 @@ evaluate: .venv/runtime  ## compare the optimizer trained in WORKDIR with tuned 
 architectures: .venv/runtime  ## meta-train each architecture for a minute or so and compare it with its first weights
 	$(BIN)/python experiments/architectures.py
 
-bench: .venv/runtime  ## measure speed and memory of all architectures into runs/benchmarks/
-	$(BIN)/python experiments/benchmarks/throughput.py --only='(quad/(8/20|64/50)|mlp8/.*|mlp28/8/20)$$'
-	$(BIN)/python experiments/benchmarks/update_cost.py --only='/[46]$$'
-	$(BIN)/python experiments/benchmarks/scaling.py
+bench: .venv/runtime  ## measure and draw speed and memory into runs/benchmarks/ (ROUNDS=1, ARCHITECTURES=...)
+	$(BIN)/python experiments/benchmarks/throughput.py --rounds=$(ROUNDS) \
+	  --only='^($(ARCHITECTURES))/(quad/8|mlp8/(8|64|256)|mlp28/8)/20$$'
+	$(BIN)/python experiments/benchmarks/update_cost.py --rounds=$(ROUNDS) \
+	  --only='^(adam|muon|direction/tensor_mlp|$(ARCHITECTURES))/mlp/[456]$$'
+	$(BIN)/python experiments/benchmarks/scaling.py --rounds=$(ROUNDS)
+	$(BIN)/python experiments/benchmarks/picture.py
 
 check-tpu: .venv/runtime .venv/tpu  ## compile every architecture and estimator for four TPU chips, without one
 	TPU_LIBRARY_PATH=.venv/tpu/libtpu/libtpu.so $(BIN)/python experiments/check_tpu.py

@@ -11,6 +11,8 @@ What is there for every architecture or every task alike is a section within, fo
 
     section = {"name": "quadratic", "augmentation": {"reparametrization": [1e-3, 1e3]}}
 
+An empty section is the wrapper with its defaults; None, or no section, is none.
+
 Every problem is a `ConfigError` of one line that starts with the field.
 """
 
@@ -116,7 +118,7 @@ def build(
   chosen = module(package, name, where=f"{where}.name", modules=modules)
   built = call(chosen.build, options, *args, where=where)
   for wrapper, wrapping in wrappings.items():
-    if not wrapping:
+    if wrapping is None:
       continue
     if not isinstance(wrapping, Mapping):
       raise ConfigError(f"{where}.{wrapper}: {wrapping!r} is not a section of options")
@@ -132,13 +134,14 @@ def complete(package: str, section: Mapping[str, Any], *, where: str) -> dict[st
   """
   values = plain(section, where)
   name = values.pop("name", None)
-  wrappings = {wrapper: values.pop(wrapper) for wrapper in WRAPPERS.get(package, ()) if values.get(wrapper)}
+  wrappings = {wrapper: values.pop(wrapper, None) for wrapper in WRAPPERS.get(package, ())}
   found = {
     "name": name,
     **signatures.all_options(module(package, str(name), where=f"{where}.name").build, values, where),
   }
   for wrapper, wrapping in wrappings.items():
-    found[wrapper] = signatures.all_options(_wrap(package, wrapper), wrapping, f"{where}.{wrapper}")
+    if wrapping is not None:
+      found[wrapper] = signatures.all_options(_wrap(package, wrapper), wrapping, f"{where}.{wrapper}")
   return found
 
 

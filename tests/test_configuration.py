@@ -331,6 +331,16 @@ def test_a_section_within_wraps_what_is_built():
   assert "augmentation" not in configuration.plain(configuration.choose("", task={"quadratic": {}}))["task"]
 
 
+def test_an_empty_section_is_a_wrapper_with_its_defaults():
+  """Until now it was none, without a word."""
+  for within, wrapped in (({"direction": {}}, True), ({"direction": None}, False), ({}, False)):
+    section = {"name": "tensor_mlp", **within}
+    assert (configuration.build("architectures", section, where="a").direction is not None) == wrapped
+    assert (
+      "learning_rate" in configuration.complete("architectures", section, where="a").get("direction", {})
+    ) == wrapped
+
+
 def test_a_mixture_is_its_families():
   section = {
     "name": "mixture",

@@ -64,12 +64,12 @@ def main(cases: Sequence[str], measure: Callable[[str], Figures], columns: Seque
           theirs.append(_figures(shlex.split(AGAINST.value.replace("{case}", case))))
       lines += [json.dumps(x) for x in (*ours, *({"against": AGAINST.value, **x} for x in theirs))]
       print("\n".join(lines[-len(ours) - len(theirs) :]), flush=True)
+      files.write_atomically(folder / f"{script.stem}.jsonl", "\n".join(lines) + "\n")  # an interruption loses none
       rows.append([case, *(_cell([x.get(column) for x in ours]) for column in columns)])
       if AGAINST.value:
         rows[-1].append(_ratio(ours, theirs))
     header = ["case", *columns, *(["seconds of the other / ours"] if AGAINST.value else [])]
     text = "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
-    files.write_atomically(folder / f"{script.stem}.jsonl", "\n".join(lines) + "\n")
     files.write_atomically(folder / f"{script.stem}.md", text + "\n")
     print(f"\n{text}\n\nFigures: {folder / script.stem}.jsonl; table: {folder / script.stem}.md")
 

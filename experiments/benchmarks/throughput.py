@@ -45,7 +45,7 @@ CASES = [
   f"{architecture}/{task}/{pairs}/{unroll_length}"
   for architecture in ARCHITECTURES
   for task in TASKS
-  for pairs in (8, 64)
+  for pairs in (8, 64, 256)
   for unroll_length in (20, 50)
 ]
 

@@ -1,11 +1,12 @@
-"""Cost of one optimizer update on large parameter trees, for every architecture, beside `optax.adam`.
+"""Cost of one optimizer update on large parameter trees, for every architecture, beside Optax's Adam and Muon.
 
     python experiments/benchmarks/update_cost.py [--only=mlp/.*/6]
 
 Cases are architecture/tree/n for 10ⁿ parameters: an MLP, a residual network (3 × 3 filters, with scales and biases),
-a transformer (embedding, attention and feed-forward matrices). One program on one device that may use all cores; the
-state is donated, as in a training loop. Figures: seconds for an update, seconds for Adam's in the same process, state
-in bytes per parameter, and what the update needs of memory for the time being.
+a transformer (embedding, attention and feed-forward matrices). `direction/<name>` is the architecture as a learned
+direction, which orthogonalises matrices. One program on one device that may use all cores; the state is donated, as
+in a training loop. Figures: seconds for an update, seconds for Adam's in the same process, for directions also for
+Muon's, state in bytes per parameter, and what the update needs of memory for the time being.
 """
 
 import math
@@ -19,13 +20,14 @@ import jax.numpy as jnp
 import optax
 import throughput
 
-from lopt import base, configuration
-from lopt.evaluation import baselines
+from lopt import configuration
 
 TREES = ("mlp", "resnet", "transformer")
+NAMES = configuration.choices("architectures")
+RIVALS = {"adam": optax.adam, "muon": optax.contrib.muon}
 CASES = [
   f"{architecture}/{tree}/{n}"
-  for architecture in ("adam", *configuration.choices("architectures"))
+  for architecture in ("adam", "muon", *NAMES, *(f"direction/{name}" for name in NAMES))
   for tree in TREES
   for n in (4, 5, 6, 7, 8)
 ]
@@ -48,21 +50,25 @@ def shapes(tree: str, size: int) -> list[tuple[int, ...]]:
 
 
 def measure(case: str) -> bench.Figures:
-  architecture, tree, exponent = case.split("/")
+  architecture, tree, exponent = case.rsplit("/", 2)
   keys = jax.random.split(jax.random.key(0), 64)
   params = [0.1 * jax.random.normal(k, s) for k, s in zip(keys, shapes(tree, 10 ** int(exponent)), strict=False)]
   gradients = [jnp.sin(100 * p) for p in params]
   size = sum(p.size for p in params)
-  if architecture == "adam":
-    learned: base.LearnedOptimizer = baselines.adam()
+  rivals = {name: optax.with_extra_args_support(rival(1e-3)) for name, rival in RIVALS.items()}
+  if architecture in rivals:
+    tx = rivals[architecture]
   else:
-    learned = configuration.build("architectures", {"name": architecture}, where="architecture")
-  tx = learned.transform(learned.init(jax.random.key(1)), 1_000)
+    wrapped, _, name = architecture.rpartition("/")
+    section = {"name": name, **({"direction": {}} if wrapped else {})}
+    learned = configuration.build("architectures", section, where="architecture")
+    tx = learned.transform(learned.init(jax.random.key(1)), 1_000)
   seconds, memory, state = time_updates(tx, gradients, params)
-  adam, _, _ = time_updates(optax.with_extra_args_support(optax.adam(1e-3)), gradients, params)
+  beside = rivals if "/" in architecture else {"adam": rivals["adam"]}
+  others = {f"seconds_of_{name}": time_updates(rival, gradients, params)[0] for name, rival in beside.items()}
   return {
     "seconds": seconds,
-    "seconds_of_adam": adam,
+    **others,
     "parameters": size,
     "state_bytes_per_parameter": throughput.bytes_of(state) / size,
     "temporary_bytes_per_parameter": memory / size,
@@ -91,5 +97,12 @@ if __name__ == "__main__":
   bench.main(
     CASES,
     measure,
-    ["seconds", "seconds_of_adam", "parameters", "state_bytes_per_parameter", "temporary_bytes_per_parameter"],
+    [
+      "seconds",
+      "seconds_of_adam",
+      "seconds_of_muon",
+      "parameters",
+      "state_bytes_per_parameter",
+      "temporary_bytes_per_parameter",
+    ],
   )

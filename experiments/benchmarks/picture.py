@@ -1,0 +1,137 @@
+"""Draws what the benchmarks measured: throughput against pairs, cores and parameters, and the cost of an update.
+
+    python experiments/benchmarks/picture.py [--folder=runs/benchmarks]
+
+It reads what `throughput.py`, `scaling.py` and `update_cost.py` wrote there, and leaves out what they did not measure.
+`make bench` runs all four. Points are medians over rounds, bars go from the lowest to the highest.
+"""
+
+import collections
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import app, flags
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+FOLDER = flags.DEFINE_string("folder", "runs/benchmarks", "Of the figures; speed.png is written into it.")
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; what is learned is warm or black.
+COLORS = {
+  "tensor_mlp": "#D55E00",
+  "mlp": "#000000",
+  "adafactor_mlp": "#E69F00",
+  "lstm": "#CC79A7",
+  "Adam": "#0072B2",
+  "Muon": "#009E73",
+}
+PARAMETERS = {"quad": 10, "mlp8": 2_410, "mlp28": 118_282}  # of the tasks of `throughput.py`
+
+
+class Point(NamedTuple):
+  """One case, over its rounds."""
+
+  curve: str
+  x: float
+  values: list[float]
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  folder = Path(FOLDER.value)
+  figures = {name: list(_lines(folder / f"{name}.jsonl")) for name in ("throughput", "scaling", "update_cost")}
+  if not any(figures.values()):
+    raise app.UsageError(f"--folder: nothing in {folder}; run throughput.py, scaling.py and update_cost.py before")
+  throughput = [(*line["case"].split("/"), line) for line in figures["throughput"] if "seconds" in line]
+  updates = [(*line["case"].rsplit("/", 2), line) for line in figures["update_cost"] if "seconds" in line]
+  figure = Figure(figsize=(9.5, 7), layout="constrained")
+  panels = figure.subplots(2, 2).flat
+  _draw(
+    next(panels),
+    _points(
+      (name, int(pairs), line["inner_steps_per_second"])
+      for name, task, pairs, length, line in throughput
+      if (task, length) == ("mlp8", "20")
+    ),
+    ("pairs of PES", "inner steps in a second", "images of 8 × 8, 2,410 parameters, K = 20"),
+  )
+  _draw(
+    next(panels),
+    _points(
+      ("64 pairs" if kind == "strong" else "32 pairs a core", int(cores), line["inner_steps_per_second"])
+      for kind, cores, line in ((*line["case"].split("/"), line) for line in figures["scaling"] if "seconds" in line)
+      if cores.isdigit()
+    ),
+    ("cores", "inner steps in a second", "`mlp` on images of 8 × 8, K = 20"),
+  )
+  _draw(
+    next(panels),
+    _points(
+      (name, PARAMETERS[task], line["parameter_updates_per_second"])
+      for name, task, pairs, length, line in throughput
+      if (pairs, length) == ("8", "20")
+    ),
+    ("parameters of the inner network", "updates of a parameter in a second", "meta-training, 8 pairs, K = 20"),
+  )
+  _draw(
+    next(panels),
+    _points(
+      (_label(name), line["parameters"], 1e3 * line["seconds"]) for name, tree, _, line in updates if tree == "mlp"
+    ),
+    ("parameters", "milliseconds", "one update of an MLP (tensor_mlp and Muon orthogonalise)"),
+  )
+  path = folder / "speed.png"
+  figure.savefig(path, dpi=120)
+  print(f"The picture is {path}.")
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+  if path.exists():
+    yield from (line for line in map(json.loads, path.read_text("utf-8").splitlines()) if "against" not in line)
+
+
+def _label(name: str) -> str:
+  return {"adam": "Adam", "muon": "Muon"}.get(name, name.removeprefix("direction/"))
+
+
+def _points(measured: Iterator[tuple[str, float, float]]) -> list[Point]:
+  cases: dict[tuple[str, float], list[float]] = collections.defaultdict(list)
+  for curve, x, value in measured:
+    cases[curve, x].append(value)
+  return [Point(curve, x, values) for (curve, x), values in sorted(cases.items())]
+
+
+def _draw(axes: Axes, points: list[Point], texts: tuple[str, str, str]) -> None:
+  others = iter(("#000000", "#0072B2"))
+  for curve in dict.fromkeys(point.curve for point in points):
+    own = [point for point in points if point.curve == curve]
+    middle = [statistics.median(point.values) for point in own]
+    spread = [
+      [m - min(p.values) for m, p in zip(middle, own, strict=True)],
+      [max(p.values) - m for m, p in zip(middle, own, strict=True)],
+    ]
+    color = COLORS.get(curve) or next(others)
+    axes.errorbar(
+      [p.x for p in own], middle, yerr=spread, marker="o", markersize=4, capsize=2, color=color, label=curve
+    )
+  axes.set_xscale("log", base=2 if texts[0] in ("cores", "pairs of PES") else 10)
+  axes.set_yscale("log")
+  if texts[0] in ("cores", "pairs of PES"):
+    ticks = sorted({point.x for point in points})
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+  axes.set_xlabel(texts[0])
+  axes.set_ylabel(texts[1])
+  axes.set_title(texts[2], fontsize=10)
+  axes.grid(axis="y", color="#eeeeee", linewidth=0.8)
+  axes.spines[["top", "right"]].set_visible(False)
+  if points:
+    axes.legend(frameon=False, fontsize=8)
+  else:
+    axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="#777777")
+
+
+if __name__ == "__main__":
+  app.run(main)
