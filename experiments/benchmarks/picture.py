@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 from absl import app, flags
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 FOLDER = flags.DEFINE_string("folder", "runs/benchmarks", "Of the figures; speed.png is written into it.")
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; what is learned is warm or black.
+# Okabe and Ito's colours, which the colour-blind can tell apart.
 COLORS = {
-  "tensor_mlp": "#D55E00",
+  "tensor_mlp, as a direction": "#D55E00",
+  "tensor_mlp": "#999999",
   "mlp": "#000000",
   "adafactor_mlp": "#E69F00",
   "lstm": "#CC79A7",
@@ -70,18 +72,22 @@ def main(argv: list[str]) -> None:
   _draw(
     next(panels),
     _points(
-      (name, PARAMETERS[task], line["parameter_updates_per_second"])
+      (name, PARAMETERS[task], line["parameter_updates_per_second"] / 1e6)
       for name, task, pairs, length, line in throughput
       if (pairs, length) == ("8", "20")
     ),
-    ("parameters of the inner network", "updates of a parameter in a second", "meta-training, 8 pairs, K = 20"),
+    (
+      "parameters of the inner network",
+      "million updates of a parameter in a second",
+      "meta-training, 8 pairs, K = 20",
+    ),
   )
   _draw(
     next(panels),
     _points(
       (_label(name), line["parameters"], 1e3 * line["seconds"]) for name, tree, _, line in updates if tree == "mlp"
     ),
-    ("parameters", "milliseconds", "one update of an MLP (tensor_mlp and Muon orthogonalise)"),
+    ("parameters", "milliseconds", "one update of an MLP"),
   )
   path = folder / "speed.png"
   figure.savefig(path, dpi=120)
@@ -94,7 +100,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _label(name: str) -> str:
-  return {"adam": "Adam", "muon": "Muon"}.get(name, name.removeprefix("direction/"))
+  wrapped, _, own = name.rpartition("/")
+  return f"{own}, as a direction" if wrapped else {"adam": "Adam", "muon": "Muon"}.get(name, name)
 
 
 def _points(measured: Iterator[tuple[str, float, float]]) -> list[Point]:
@@ -119,6 +126,9 @@ def _draw(axes: Axes, points: list[Point], texts: tuple[str, str, str]) -> None:
     )
   axes.set_xscale("log", base=2 if texts[0] in ("cores", "pairs of PES") else 10)
   axes.set_yscale("log")
+  axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.10g}")
+  axes.yaxis.set_minor_locator(NullLocator())
   if texts[0] in ("cores", "pairs of PES"):
     ticks = sorted({point.x for point in points})
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
@@ -128,7 +138,9 @@ def _draw(axes: Axes, points: list[Point], texts: tuple[str, str, str]) -> None:
   axes.grid(axis="y", color="#eeeeee", linewidth=0.8)
   axes.spines[["top", "right"]].set_visible(False)
   if points:
-    axes.legend(frameon=False, fontsize=8)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.3)  # room for the legend
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
   else:
     axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="#777777")
 

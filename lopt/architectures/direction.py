@@ -199,9 +199,12 @@ def orthogonalise(x: Float[Array, "rows columns"]) -> Float[Array, "rows columns
   x = x.T if rows > columns else x
   x = _unit(x) / math.sqrt(x.size)
   a, b, c = NEWTON_SCHULZ
-  for _ in range(5):
+
+  def step(_, x):
     gram = x @ x.T
-    x = a * x + (b * gram + c * gram @ gram) @ x
+    return a * x + (b * gram + c * gram @ gram) @ x
+
+  x = jax.lax.fori_loop(0, 5, step, x)  # a loop is compiled once
   return x.T if rows > columns else x
 
 
