@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/picture.py [--folder=runs/benchmarks]
 
-It reads what `throughput.py`, `scaling.py` and `update_cost.py` wrote there, and leaves out what they did not measure.
+It reads what `throughput.py`, `scaling.py` and `update_cost.py` wrote there; what they did not measure is left out.
 `make bench` runs all four. Points are medians over rounds, bars go from the lowest to the highest.
 """
 
