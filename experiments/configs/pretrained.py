@@ -56,7 +56,7 @@ SETTINGS = {
   ),
   "adafactor_mlp": (Settings(600, longest=400, learning_rate=1e-2, step_spread=3.0, late_power=2.0),),  # the first
   "mlp": (Settings(400),),
-  "lstm": (Settings(200),),
+  "lstm": (Settings(1_600),),
 }
 """By architecture, for each of the trainings that are averaged."""
 
