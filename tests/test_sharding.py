@@ -27,11 +27,11 @@ SPECS = {
 AXES = {"explicit": AxisType.Explicit, "automatic": AxisType.Auto}
 
 
-def build(name, wrapped):
+def build(name, wrapped, **options):
   section = {"name": name, **SIZES.get(name, {"step_multiplier": 0.5})}
   section |= {"direction": {"learning_rate": 0.02}} if wrapped else {}
   architecture = configuration.build("architectures", section, where="architecture")
-  return TrainedOptimizer(architecture.init(jax.random.key(0)), architecture, {})(num_steps=10)
+  return TrainedOptimizer(architecture.init(jax.random.key(0)), architecture, {})(num_steps=10, **options)
 
 
 def arrays(seed):
@@ -39,8 +39,8 @@ def arrays(seed):
   return {name: np.asarray(rng.normal(size=shape), np.float32) for name, shape in SHAPES.items()}
 
 
-def spread(tree, mesh):
-  return {name: jax.device_put(x, NamedSharding(mesh, SPECS[name])) for name, x in tree.items()}
+def spread(tree, mesh, specs=SPECS):
+  return {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in tree.items()}
 
 
 def assert_laid_out_as_parameters(tree):
@@ -105,11 +105,9 @@ def test_spread_stacks_of_layers(axes):
   rng = np.random.default_rng(0)
   shapes = {"w": (3, 8, 64), "gain": (3, 64), "query": (3, 8, 4, 16)}
   params, gradients = ({k: np.asarray(rng.normal(size=v), np.float32) for k, v in shapes.items()} for _ in range(2))
-  tx = TrainedOptimizer(*zero_direction(), {})(num_steps=10, stacked=tuple(shapes), input_axes={"query": 1})
+  tx = build("tensor_mlp", True, stacked=tuple(shapes), input_axes={"query": 1})
   mesh = jax.make_mesh((2, 4), ("x", "y"), (AXES[axes],) * 2)
-  divided, divided_gradients = (
-    {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in tree.items()} for tree in (params, gradients)
-  )
+  divided, divided_gradients = (spread(tree, mesh, specs) for tree in (params, gradients))
   state = tx.init(jax.tree.map(jnp.asarray, params))
   expected, _ = jax.jit(tx.update)(gradients, state, params, value=1.0)
   divided_state = tx.init(divided)
@@ -127,10 +125,3 @@ def test_spread_stacks_of_layers(axes):
       assert x.sharding.is_equivalent_to(NamedSharding(x.sharding.mesh, spec), x.ndim), f"{path}: {x.sharding}"
   # The matrices of a stack for their orthogonalisation, but nothing with the axes of a state.
   assert max(gathered(compiled.as_text() or ""), default=0) <= 3 * 8 * 64
-
-
-def zero_direction():
-  architecture = configuration.build(
-    "architectures", {"name": "tensor_mlp", "direction": {"learning_rate": 0.02}}, where="architecture"
-  )
-  return architecture.init(jax.random.key(0)), architecture

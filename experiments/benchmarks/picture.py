@@ -30,7 +30,6 @@ COLORS = {
   "Adam": "#0072B2",
   "Muon": "#009E73",
 }
-PARAMETERS = {"quad": 10, "mlp8": 2_410, "mlp28": 118_282}  # of the tasks of `throughput.py`
 
 
 class Point(NamedTuple):
@@ -72,8 +71,12 @@ def main(argv: list[str]) -> None:
   _draw(
     next(panels),
     _points(
-      (name, PARAMETERS[task], line["parameter_updates_per_second"] / 1e6)
-      for name, task, pairs, length, line in throughput
+      (
+        name,
+        line["parameter_updates_per_second"] / line["inner_steps_per_second"],
+        line["parameter_updates_per_second"] / 1e6,
+      )
+      for name, _, pairs, length, line in throughput
       if (pairs, length) == ("8", "20")
     ),
     (
@@ -112,6 +115,9 @@ def _points(measured: Iterator[tuple[str, float, float]]) -> list[Point]:
 
 
 def _draw(axes: Axes, points: list[Point], texts: tuple[str, str, str]) -> None:
+  """One panel, with the texts of its axes and above it; counts, of cores or pairs, are marked one by one."""
+  x_text, y_text, title = texts
+  of_counts = x_text in ("cores", "pairs of PES")
   others = iter(("#000000", "#0072B2"))
   for curve in dict.fromkeys(point.curve for point in points):
     own = [point for point in points if point.curve == curve]
@@ -124,17 +130,17 @@ def _draw(axes: Axes, points: list[Point], texts: tuple[str, str, str]) -> None:
     axes.errorbar(
       [p.x for p in own], middle, yerr=spread, marker="o", markersize=4, capsize=2, color=color, label=curve
     )
-  axes.set_xscale("log", base=2 if texts[0] in ("cores", "pairs of PES") else 10)
+  axes.set_xscale("log", base=2 if of_counts else 10)
   axes.set_yscale("log")
   axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
   axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.10g}")
   axes.yaxis.set_minor_locator(NullLocator())
-  if texts[0] in ("cores", "pairs of PES"):
+  if of_counts:
     ticks = sorted({point.x for point in points})
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-  axes.set_xlabel(texts[0])
-  axes.set_ylabel(texts[1])
-  axes.set_title(texts[2], fontsize=10)
+  axes.set_xlabel(x_text)
+  axes.set_ylabel(y_text)
+  axes.set_title(title, fontsize=10)
   axes.grid(axis="y", color="#eeeeee", linewidth=0.8)
   axes.spines[["top", "right"]].set_visible(False)
   if points:

@@ -13,14 +13,12 @@ import bench
 import jax
 import jax.numpy as jnp
 import optax
-
-from lopt import configuration
+import update_cost
 
 SHAPES = [(16, 64), (64, 64), (64, 128), (128, 64), (64, 16), (32, 64), (64, 32), (3, 3, 8, 16), (3, 3, 16, 16)]
 SHAPES += [(64,), (128,), (16,), (32,), ()]
 BASELINES = ("adamw", "muon")
-NAMES = configuration.choices("architectures")
-CASES = [*BASELINES, *NAMES, *(f"direction/{name}" for name in NAMES)]
+CASES = [*BASELINES, *update_cost.NAMES, *(f"direction/{name}" for name in update_cost.NAMES)]
 CASES += [
   f"{name}:{number}" for name in ("adamw", "muon", "direction/tensor_mlp", "direction/mlp") for number in (200, 800)
 ]
@@ -33,10 +31,7 @@ def measure(case: str) -> bench.Figures:
   if case in BASELINES:
     tx = optax.with_extra_args_support(optax.adamw(1e-3) if case == "adamw" else optax.contrib.muon(1e-3))
   else:
-    wrapped, _, name = case.rpartition("/")
-    section = {"name": name, **({"direction": {}} if wrapped else {})}
-    learned = configuration.build("architectures", section, where="architecture")
-    tx = learned.transform(learned.init(jax.random.key(0)), 1_000)
+    tx = update_cost.learned(case)
   state = jax.eval_shape(tx.init, params)
   begun = time.process_time()
   lowered = jax.jit(tx.update).lower(params, state, params, value=jnp.float32(1))

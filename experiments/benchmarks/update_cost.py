@@ -56,13 +56,7 @@ def measure(case: str) -> bench.Figures:
   gradients = [jnp.sin(100 * p) for p in params]
   size = sum(p.size for p in params)
   rivals = {name: optax.with_extra_args_support(rival(1e-3)) for name, rival in RIVALS.items()}
-  if architecture in rivals:
-    tx = rivals[architecture]
-  else:
-    wrapped, _, name = architecture.rpartition("/")
-    section = {"name": name, **({"direction": {}} if wrapped else {})}
-    learned = configuration.build("architectures", section, where="architecture")
-    tx = learned.transform(learned.init(jax.random.key(1)), 1_000)
+  tx = rivals[architecture] if architecture in rivals else learned(architecture)
   seconds, memory, state = time_updates(tx, gradients, params)
   beside = rivals if "/" in architecture else {"adam": rivals["adam"]}
   others = {f"seconds_of_{name}": time_updates(rival, gradients, params)[0] for name, rival in beside.items()}
@@ -74,6 +68,14 @@ def measure(case: str) -> bench.Figures:
     "temporary_bytes_per_parameter": memory / size,
     "matmul_gflops": throughput.matmul_rate() / 1e9,
   }
+
+
+def learned(case: str) -> optax.GradientTransformationExtraArgs:
+  """An untrained optimizer: of an architecture, or `direction/<name>` of one as a direction."""
+  wrapped, _, name = case.rpartition("/")
+  section = {"name": name, **({"direction": {}} if wrapped else {})}
+  built = configuration.build("architectures", section, where="architecture")
+  return built.transform(built.init(jax.random.key(1)), 1_000)
 
 
 def time_updates(tx: optax.GradientTransformationExtraArgs, gradients: Any, params: Any) -> tuple[float, int, Any]:

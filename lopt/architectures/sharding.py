@@ -7,7 +7,6 @@ result is laid out, become ones with automatic axes while an optimizer computes.
 
 import contextlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -52,7 +51,7 @@ def zeros_like(x: Array, *leading: int, averaged: int | None = None) -> Array:
   return zeros
 
 
-def within_mesh(tree: base.PyTree) -> AbstractContextManager[Any]:
+def within_mesh(tree: base.PyTree) -> contextlib.AbstractContextManager[Any]:
   """A context in which the arrays' mesh of explicit axes is the current one: for `jax.vmap` outside of `jit`."""
   layouts = [x.sharding for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
   meshes = [

@@ -124,10 +124,10 @@ class TrainedOptimizer(NamedTuple):
 
     Args:
       num_steps: Length of the run, for architectures that use it.
-      elementwise: As above, and likewise the others.
-      input_axes: Sizes of matrices.
-      stacked: Layers.
-      state_dtype: Precision.
+      elementwise: As for a call of the optimizer, and likewise:
+      input_axes: The rows of matrices.
+      stacked: Which tensors are stacks of layers.
+      state_dtype: Of the state's arrays.
 
     Raises:
       ValueError: `state_dtype` is neither float32 nor bfloat16, no tensor has one of the names, or the optimizer

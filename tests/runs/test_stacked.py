@@ -11,7 +11,7 @@ import pytest
 import lopt
 
 NUM_LAYERS = 3
-SHAPES = {"kernel": (4, 6), "query": (4, 2, 3), "bias": (6,), "gain": ()}
+SHAPES = {"kernel": (40, 90), "query": (4, 2, 3), "bias": (6,), "gain": ()}  # a width beyond 32, where rates fall
 ATTENTION = {"query": 1}
 REST = {"out": {"w": (6, 40)}, "embed": (5, 4)}
 
