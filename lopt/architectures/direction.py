@@ -53,7 +53,7 @@ class DirectionState(NamedTuple):
   """What a direction remembers of an inner run, beside what its network does: two numbers for each parameter."""
 
   count: Int[Array, ""]  # inner steps taken
-  mean_rms: base.PyTree  # of each tensor's gradients: moving average from zero, one number for each tensor
+  mean_size: base.PyTree  # of each tensor's |gradients|: moving average from zero, one number for each tensor
   adam: Any  # optax.ScaleByAdamState, of gradients in the unit of their tensor
   network: base.State
 
@@ -78,7 +78,7 @@ def wrap(
   n = 0, as for θ = 0, this is Nesterov Adam, orthogonalised.
 
   Nothing depends on the scale of a tensor's gradients, whatever it is: they are divided by a moving average of their
-  rms before Adam and the network see them. A tensor whose v is zero stays where it is. A gradient with NaN makes all
+  mean |g| before Adam and the network see them. A tensor whose v is zero stays where it is. A gradient with NaN makes all
   later directions of its tensor NaN, as with Adam; `optax.apply_if_finite` skips such steps.
 
   Args:
@@ -155,18 +155,23 @@ def _direction(
   adam = optax.scale_by_adam(b1, b2, eps=1e-8, eps_root=1e-20, nesterov=True)
 
   def init_fn(params):
-    rms = jax.tree.map(lambda p: jnp.zeros((), jnp.float32), params)
+    mean_size = jax.tree.map(lambda p: jnp.zeros((), jnp.float32), params)
     mu, nu = (jax.tree.map(sharding.zeros_like, params) for _ in range(2))
     moments = optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
-    return DirectionState(jnp.zeros((), jnp.int32), rms, moments, network.init(params))
+    return DirectionState(jnp.zeros((), jnp.int32), mean_size, moments, network.init(params))
 
   def update_fn(updates, state, params=None, **extra_args):
     count = state.count + 1
-    mean_rms = jax.tree.map(lambda mean, g: SCALE_DECAY * mean + (1 - SCALE_DECAY) * _rms(g), state.mean_rms, updates)
+    mean_size = jax.tree.map(
+      # Each divided on its own, so that the sum is finite where they are.
+      lambda mean, g: SCALE_DECAY * mean + jnp.sum(jnp.abs(g) * ((1 - SCALE_DECAY) / max(g.size, 1))),
+      state.mean_size,
+      updates,
+    )
     # Moments are kept in the unit of the newest gradient, so that Adam is Adam whatever the unit does.
-    unit, last_unit = _unbiased(mean_rms, count), _unbiased(state.mean_rms, state.count)
+    unit, last_unit = _unbiased(mean_size, count), _unbiased(state.mean_size, state.count)
     change = jax.tree.map(
-      lambda mean, last, new: jnp.where(mean == 0, 0.0, last / new), state.mean_rms, last_unit, unit
+      lambda mean, last, new: jnp.where(mean == 0, 0.0, last / new), state.mean_size, last_unit, unit
     )
     moments = state.adam._replace(
       mu=jax.tree.map(jnp.multiply, state.adam.mu, change),
@@ -182,7 +187,7 @@ def _direction(
       return _unit(v) if sides is None else _unit(orthogonalise(v.reshape(sides)).reshape(v.shape))
 
     directions = jax.tree_util.tree_map_with_path(unit_direction, d, n)
-    return directions, DirectionState(count, mean_rms, adam_state, network_state)
+    return directions, DirectionState(count, mean_size, adam_state, network_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -208,22 +213,13 @@ def orthogonalise(x: Float[Array, "rows columns"]) -> Float[Array, "rows columns
   return x.T if rows > columns else x
 
 
-def _unbiased(mean_rms: base.PyTree, count: Int[Array, ""]) -> base.PyTree:
+def _unbiased(mean_size: base.PyTree, count: Int[Array, ""]) -> base.PyTree:
   """Averages corrected for having begun at zero; 1 for tensors that have had no gradient yet."""
   weight = 1 - jnp.float32(SCALE_DECAY) ** count
-  return jax.tree.map(lambda mean: jnp.where(mean == 0, 1.0, mean / jnp.where(count == 0, 1.0, weight)), mean_rms)
-
-
-def _rms(x: Array) -> base.Scalar:
-  """√(mean x²), also where squares overflow or vanish; 0 of an empty tensor."""
-  if x.size == 0:
-    return jnp.float32(0)
-  peak = jnp.max(jnp.abs(x))
-  scale = jnp.where(peak == 0, 1.0, peak)
-  return peak * jnp.sqrt(jnp.where(peak == 0, 1.0, jnp.mean(jnp.square(x / scale))))
+  return jax.tree.map(lambda mean: jnp.where(mean == 0, 1.0, mean / jnp.where(count == 0, 1.0, weight)), mean_size)
 
 
 def _unit(x: Array) -> Array:
   """The tensor with a root mean square of 1; a zero tensor stays zero."""
-  square = jnp.sum(jnp.square(x)) / max(np.prod(x.shape), 1)
-  return x * jax.lax.rsqrt(jnp.where(square == 0, 1.0, square))
+  square = jnp.sum(jnp.square(x))
+  return x * math.sqrt(x.size) * jax.lax.rsqrt(jnp.where(square == 0, 1.0, square))

@@ -7,7 +7,6 @@ that follow the state of training. Networks with one run for each tensor are tho
 (O. Wichrowska et al., ICML 2017; L. Metz et al., "VeLO", 2022).
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ class TensorMLPState(NamedTuple):
   count: Int[Array, ""]  # inner steps taken
   momenta: base.PyTree  # like the parameters, with the decays on a leading axis
   second_moment: base.PyTree  # like the parameters
-  mean_square: base.PyTree  # of each tensor's gradients: moving average with the longest of the momenta's decays
+  mean_square: Float[Array, " tensors"]  # of gradients: moving average with the longest of the momenta's decays
 
 
 @origin.remembered
@@ -96,7 +95,7 @@ def build(
         jnp.zeros((), jnp.int32),
         jax.tree.map(lambda p: sharding.zeros_like(p, len(MOMENTUM_DECAYS)), params),
         jax.tree.map(sharding.zeros_like, params),
-        jax.tree.map(lambda p: jnp.zeros((), p.dtype), params),
+        jnp.zeros(len(jax.tree.leaves(params)), jnp.float32),
       )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -115,16 +114,14 @@ def build(
       second_moment = jax.tree.map(
         lambda v, g: SECOND_DECAY * v + (1 - SECOND_DECAY) * jnp.square(g), state.second_moment, updates
       )
-      mean_square = jax.tree.map(
-        lambda s, g: decays[-1] * s + gains[-1] * _mean_square(g), state.mean_square, updates
-      )
-
       columns = [jax.tree.leaves(x) for x in (updates, params, momenta, second_moment)]
       tensors = [(g, p, m, jax.lax.rsqrt(v / second_weight + TINY)) for g, p, m, v in zip(*columns, strict=True)]
-      means = jnp.stack([_means(*x) for x in tensors], axis=1)
+      sizes = jnp.array([[max(g.size, 1) for g, *_ in tensors]], jnp.float32)
+      means = jnp.stack([_sums(*x) for x in tensors], axis=1) / sizes
       squares, dots, of_gradient = means[:NUM_FEATURES], means[NUM_FEATURES:-1], means[-1:]
       of_momenta = squares[1 + len(MOMENTUM_DECAYS) : -1]
-      slow = jnp.stack(jax.tree.leaves(mean_square))[None] / slow_weight
+      mean_square = decays[-1] * state.mean_square + gains[-1] * of_gradient[0]
+      slow = mean_square[None] / slow_weight
       agreement = 0.5 * jnp.log((of_momenta / jnp.square(weights)[:, None] + TINY) / (slow + TINY))
       alignment = dots * jax.lax.rsqrt(of_gradient * of_momenta + TINY)
       axes = jnp.array([[min(g.ndim, 2) / 2 for g, *_ in tensors]], jnp.float32)
@@ -173,18 +170,19 @@ def average(
   }, scales
 
 
-def _means(g: Array, p: Array, m: Array, precondition: Array) -> Float[Array, " means"]:
-  """Mean squares of a tensor's features, mean products of its momenta and its gradient, mean square of this.
+def _sums(g: Array, p: Array, m: Array, precondition: Array) -> Float[Array, " sums"]:
+  """Sums of squares of a tensor's features, of products of its momenta and its gradient, and of this one's squares.
 
-  In few operations, since each is compiled for each tensor.
+  In few operations, since each is compiled for each shape.
   """
+  each = tuple(range(1, m.ndim))
   features = (
-    _mean_square(g * precondition),
-    _mean_square(m * precondition[None], 1),
-    _mean_square(m, 1),
-    _mean_square(p),
+    jnp.sum(jnp.square(g * precondition)),
+    jnp.sum(jnp.square(m * precondition[None]), each),
+    jnp.sum(jnp.square(m), each),
+    jnp.sum(jnp.square(p)),
   )
-  return jnp.hstack([*features, _mean(m * g[None], 1), _mean_square(g)])
+  return jnp.hstack([*features, jnp.sum(m * g[None], each), jnp.sum(jnp.square(g))])
 
 
 def _weighted_sum(g: Array, p: Array, m: Array, precondition: Array, c: Float[Array, " features"]) -> Array:
@@ -192,13 +190,3 @@ def _weighted_sum(g: Array, p: Array, m: Array, precondition: Array, c: Float[Ar
   count = len(m)
   preconditioned = c[0] * g + sum(c[1 + k] * m[k] for k in range(count))
   return precondition * preconditioned + sum(c[1 + count + k] * m[k] for k in range(count)) + c[-1] * p
-
-
-def _mean(x: Array, first_axis: int = 0) -> Array:
-  """Over the axes from the first one on; 0 of nothing."""
-  axes = tuple(range(first_axis, x.ndim))
-  return jnp.sum(x, axis=axes) / max(math.prod(x.shape[first_axis:]), 1)
-
-
-def _mean_square(x: Array, first_axis: int = 0) -> Array:
-  return _mean(jnp.square(x), first_axis)
