@@ -25,6 +25,9 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch, tmp_path):
   """No credentials; W&B as a user has it, where conftest.py has switched it off."""
+  import wandb
+
+  wandb.teardown()  # of what another test of this process set up
   monkeypatch.delenv("WANDB_MODE")
   monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
