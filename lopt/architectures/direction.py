@@ -207,7 +207,7 @@ def orthogonalise(x: Float[Array, "rows columns"]) -> Float[Array, "rows columns
 
   def step(_, x):
     gram = x @ x.T
-    return a * x + (b * gram + c * gram @ gram) @ x
+    return a * x + (b * gram + c * (gram @ gram)) @ x
 
   x = jax.lax.fori_loop(0, 5, step, x)  # a loop is compiled once
   return x.T if rows > columns else x
