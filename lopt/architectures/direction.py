@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -24,7 +23,9 @@ BETAS = (0.9, 0.99)  # of Nesterov Adam
 SCALE_DECAY = 0.99
 """Of the moving average that gradients are divided by, tensor by tensor."""
 SMALL_WIDTH, SHORT_RUN = 32, 200
-"""Up to where learning rates are recommended as they were found; for wider networks and longer runs lower ones."""
+FEW_MATRICES, MANY_MATRICES = 2, 6
+"""Learning rates are recommended as they were found for networks of many matrices, of a small width, in short runs;
+lower ones for wider networks and longer runs, higher ones for fewer matrices, down to two."""
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Muon's coefficients: five steps take every singular value from 0.01 to 1 to somewhere in 0.7 to 1.2."""
 
@@ -78,8 +79,8 @@ def wrap(
   n = 0, as for θ = 0, this is Nesterov Adam, orthogonalised.
 
   Nothing depends on the scale of a tensor's gradients, whatever it is: they are divided by a moving average of their
-  mean |g| before Adam and the network see them. A tensor whose v is zero stays where it is. A gradient with NaN makes all
-  later directions of its tensor NaN, as with Adam; `optax.apply_if_finite` skips such steps.
+  mean |g| before Adam and the network see them. A tensor whose v is zero stays where it is. A gradient with NaN makes
+  all later directions of its tensor NaN, as with Adam; `optax.apply_if_finite` skips such steps.
 
   Args:
     optimizer: Any architecture. Its updates of the first θ should be zero or small: `zero_output`.
@@ -130,13 +131,13 @@ def warmup_cosine(num_steps: Any, warmup: float) -> optax.Schedule:
 
 
 def recommended_share(params: base.Params, num_steps: Any, matrices: Matrices = USUAL) -> Any:
-  """The share of the recommended learning rate that is recommended for such parameters and as many steps.
+  """The factor of the recommended learning rate that is recommended for such parameters and as many steps.
 
-      min(1, √(32 / w)) · min(1, (200 / T)^(1/5))
+      √(6 / L) · min(1, √(32 / w)) · min(1, (200 / T)^(1/3))
 
-  w is the mean of the matrices' smaller sides, in the logarithm and weighted by their sizes. With a root mean square
-  of 1 an orthogonal matrix has singular values of √width, which is the first factor; the second was found by
-  measurement, as was that both hold (`experiments/notes/directions.md`).
+  L is the number of matrices, at least 2 and at most 6, and w the mean of their smaller sides, in the logarithm and
+  weighted by their sizes. With a root mean square of 1 an orthogonal matrix has singular values of √width, which is
+  the second factor; the others were found by measurement, as was that all hold (`experiments/notes/directions.md`).
   """
   leaves = jax.tree_util.tree_leaves_with_path(params)
   all_sides = [matrices.sides(base.name_of(path), jnp.shape(x)) for path, x in leaves]
@@ -144,7 +145,8 @@ def recommended_share(params: base.Params, num_steps: Any, matrices: Matrices = 
   total = sum(rows * columns for rows, columns in sides)
   log_width = sum(rows * columns * math.log(min(rows, columns)) for rows, columns in sides) / max(total, 1)
   narrower = min(1.0, math.sqrt(SMALL_WIDTH / math.exp(log_width)))
-  return narrower * jnp.minimum(1.0, (SHORT_RUN / num_steps) ** 0.2)
+  shallower = math.sqrt(MANY_MATRICES / min(max(len(sides), FEW_MATRICES), MANY_MATRICES)) if sides else 1.0
+  return shallower * narrower * jnp.minimum(1.0, (SHORT_RUN / num_steps) ** (1 / 3))
 
 
 def _direction(

@@ -48,8 +48,8 @@ class TrainedOptimizer(NamedTuple):
 
   @property
   def learning_rate(self) -> float | None:
-    """The recommended one, for networks of a width up to 32 and up to 200 steps; None of an optimizer that takes no
-    learning rate, since it decides on steps by itself.
+    """The recommended one, for networks of six matrices or more, a width up to 32, and up to 200 steps; None of an
+    optimizer that takes no learning rate, since it decides on steps by itself.
     """
     return self.architecture.learning_rate
 
@@ -69,7 +69,7 @@ class TrainedOptimizer(NamedTuple):
 
     Args:
       num_steps: Length of the run; may be traced. Without `learning_rate`, α_t is the recommended rate for networks
-        of this width and as many steps (`direction.recommended_share`), warmed up and decayed to zero by a cosine.
+        of this size and as many steps (`direction.recommended_share`), warmed up and decayed to zero by a cosine.
       learning_rate: α_t: a number, or an Optax schedule of the step. It needs no `num_steps`.
       weight_decay: λ, decoupled, per unit of the learning rate; as in `optax.adamw`.
       mask: What λ applies to, as in `optax.adamw`.
@@ -140,7 +140,7 @@ class TrainedOptimizer(NamedTuple):
 
     Args:
       num_steps: Length of the run.
-      params: Of the network, or arrays of their shapes; None: of one whose width is at most 32.
+      params: Of the network, or arrays of their shapes; None: of one of six matrices that are no wider than 32.
     """
     return self._schedule(num_steps, params, Matrices())
 

@@ -126,20 +126,24 @@ def test_the_recommended_schedule_warms_up_and_ends_at_zero():
   updates = jax.jit(
     lambda num_steps: trained(num_steps).update(gradients(0), trained(num_steps).init(params()), params())[0]
   )
-  np.testing.assert_allclose(updates(jnp.int32(40))["wide"], -0.02 / 4 * u[0]["wide"], rtol=1e-5, atol=1e-7)
+  rate = 0.02 * np.sqrt(6 / 4)  # of four matrices
+  np.testing.assert_allclose(updates(jnp.int32(40))["wide"], -rate / 4 * u[0]["wide"], rtol=1e-5, atol=1e-7)
   rates = np.array([trained.schedule(40)(t) for t in range(42)])
   expected = [0.02 * min(1, (t + 1) / 4) * (1 + np.cos(np.pi * min(t / 40, 1))) / 2 for t in range(42)]
   np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-9)
   assert trained.learning_rate == 0.02
 
 
-def test_less_is_recommended_for_wider_networks_and_longer_runs():
-  small = {"w": jnp.ones((32, 100)), "b": jnp.zeros(5_000)}
-  assert direction.recommended_share(small, 200) == direction.recommended_share({"b": jnp.zeros(4)}, 10) == 1
-  np.testing.assert_allclose(direction.recommended_share(small, 6_400), 0.5, rtol=1e-6)
-  kernel = {"kernel": jnp.ones((3, 3, 8, 128)), "w": jnp.ones((32, 288))}  # 72 and 32 wide, of one size
-  share = np.sqrt(32 / np.sqrt(72 * 32))
-  np.testing.assert_allclose(direction.recommended_share(kernel, jnp.int32(200)), share, rtol=1e-6)
+def test_less_is_recommended_for_wider_networks_and_longer_runs_and_more_for_few_matrices():
+  deep = {"w": [jnp.ones((32, 100))] * 6, "b": jnp.zeros(5_000)}
+  assert direction.recommended_share(deep, 200) == direction.recommended_share({"b": jnp.zeros(4)}, 10) == 1
+  np.testing.assert_allclose(direction.recommended_share(deep, 1_600), 0.5, rtol=1e-6)
+  for number, share in ((1, 3), (2, 3), (4, 1.5), (50, 1)):
+    few = {"w": [jnp.ones((32, 100))] * number}
+    np.testing.assert_allclose(direction.recommended_share(few, 200), np.sqrt(share), rtol=1e-6)
+  kernels = {"kernel": jnp.ones((3, 3, 8, 128)), "w": jnp.ones((32, 288))}  # 72 and 32 wide, of one size
+  share = np.sqrt(3) * np.sqrt(32 / np.sqrt(72 * 32))
+  np.testing.assert_allclose(direction.recommended_share(kernels, jnp.int32(200)), share, rtol=1e-6)
 
 
 def test_weight_decay_is_adamws():
