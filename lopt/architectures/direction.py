@@ -166,7 +166,7 @@ def _direction(
     count = state.count + 1
     mean_size = jax.tree.map(
       # Each divided on its own, so that the sum is finite where they are.
-      lambda mean, g: SCALE_DECAY * mean + jnp.sum(jnp.abs(g) * ((1 - SCALE_DECAY) / max(g.size, 1))),
+      lambda mean, g: SCALE_DECAY * mean + (1 - SCALE_DECAY) * jnp.sum(jnp.abs(g) / max(g.size, 1)),
       state.mean_size,
       updates,
     )
