@@ -7,7 +7,7 @@
 A quick look at a training that may be worth an evaluation: minutes, where `evaluate.py` takes an hour for long runs.
 All see the same tasks, first parameters and batches of a suite. Printed for each family and length: the
 geometric mean over tasks of the final training loss at each task's best rate (and of the validation loss at its best
-one), that over all tasks at every rate, and the share of runs with a loss above the cap at every rate.
+one), that over all tasks at every rate, and the share of runs with a training loss above the cap at every rate.
 """
 
 import itertools

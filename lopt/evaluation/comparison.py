@@ -117,7 +117,7 @@ class Measures(NamedTuple):
   test_metrics: dict[str, float]
   """Likewise what else the family tells, such as `accuracy`."""
   diverged: float
-  """Share of the runs in which a loss was NaN or reached the cap."""
+  """Share of the runs in which a training loss was NaN or reached the cap."""
   speed_up: dict[str, SpeedUp]
   """Over each of `RIVALS` that the comparison has, itself tuned for the task: see `measures.speed_up`."""
   relative_loss: float

@@ -57,7 +57,8 @@ class Runs(NamedTuple):
   held_out_metrics: Mapping[str, Float[np.ndarray, "*runs"]]
   """What else the family's loss function tells of these batches, such as `accuracy`, averaged likewise."""
   diverged: Bool[np.ndarray, "*runs"]
-  """Whether any of the losses was NaN or reached the cap."""
+  """Whether any of the training losses, during the run or after it, was NaN or reached the cap. Held-out ones may
+  reach it where a network has learned its training data by heart."""
 
 
 Rated = Callable[[Theta, Scalar, Int[Array, ""]], optax.GradientTransformationExtraArgs]
@@ -147,7 +148,7 @@ def build_train(
     both = [batches(jax.random.fold_in(key, 0), "train"), batches(key, split)]
     metrics, bad = jax.lax.map(on_batch, jax.tree.map(lambda *x: jnp.concatenate(x), *both))
     means = {name: x.reshape(2, num_held_out_batches, -1).mean(axis=1) for name, x in metrics.items()}
-    return means, jnp.any(bad, axis=0)
+    return means, jnp.any(bad[:num_held_out_batches], axis=0)  # of the training split
 
   start_all = parallel.jit(lambda *run: parallel.map_runs(start, None, run))
   measure_all = parallel.jit(lambda *run: parallel.map_runs(measure, None, run))

@@ -237,7 +237,7 @@ _DEFINITIONS = f"""<details><summary>What rows and columns are</summary><dl>
   nothing.
 <dt>÷ at each task's rate<dd>Final loss divided by its own with each task's best learning rate.
 <dt>test loss, test accuracy<dd>On the test split after the last step; nothing was chosen on it.
-<dt>diverged<dd>Runs in which a loss was not a number or reached the family's cap.
+<dt>diverged<dd>Runs in which a training loss was not a number or reached the family's cap.
 <dt>rate interior<dd>Tasks on which lower and higher rates than the chosen one were tried.
 <dt>step time, update's share, speed-up in time<dd>Of one run alone, compiled, in steady state: a step's time
   divided by {REFERENCE}'s, the share of it that is not the gradient's, and the speed-up over {REFERENCE} divided by
