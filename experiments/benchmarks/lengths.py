@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags
 
 import lopt
-from lopt.evaluation import baselines, inner_runs, suites
+from lopt.evaluation import baselines, inner_runs, measures, suites
 from lopt.outer import parallel
 from lopt.runs import trained
 
@@ -29,13 +29,12 @@ BASELINES = flags.DEFINE_list("baselines", [], "rivals, as of evaluate.py")
 RATES = flags.DEFINE_list("rates", ["0.0025", "0.005", "0.01", "0.02", "0.04", "0.08"], "learning rates")
 NUM_TASKS = flags.DEFINE_integer("num_tasks", 4, "tasks of each family", 1)
 NUM_SEEDS = flags.DEFINE_integer("num_seeds", 2, "runs of each task", 1)
-FLOOR = 1e-7  # losses of zero have no logarithm
 SEED = 77  # other tasks than those that `evaluate.py` reports
 
 
 def log_mean(losses):
   """[tasks * seeds, rates] -> log-losses, means over seeds, [tasks, rates]."""
-  return np.log(losses + FLOOR).reshape(NUM_TASKS.value, NUM_SEEDS.value, -1).mean(axis=1)
+  return np.log(losses + measures.ZERO).reshape(NUM_TASKS.value, NUM_SEEDS.value, -1).mean(axis=1)
 
 
 def row(runs):

@@ -145,8 +145,8 @@ def recommended_share(params: base.Params, num_steps: Any, matrices: Matrices = 
   total = sum(rows * columns for rows, columns in sides)
   log_width = sum(rows * columns * math.log(min(rows, columns)) for rows, columns in sides) / max(total, 1)
   narrower = min(1.0, math.sqrt(SMALL_WIDTH / math.exp(log_width)))
-  shallower = math.sqrt(MANY_MATRICES / min(max(len(sides), FEW_MATRICES), MANY_MATRICES)) if sides else 1.0
-  return shallower * narrower * jnp.minimum(1.0, (SHORT_RUN / num_steps) ** (1 / 3))
+  number = min(max(len(sides) or MANY_MATRICES, FEW_MATRICES), MANY_MATRICES)
+  return math.sqrt(MANY_MATRICES / number) * narrower * jnp.minimum(1.0, (SHORT_RUN / num_steps) ** (1 / 3))
 
 
 def _direction(

@@ -225,7 +225,8 @@ def build_metrics(
   """The periodic evaluation while meta-training: `(theta) -> metrics`, on fixed tasks; compiled at the first call.
 
   The tasks are neither meta-training's nor those of a comparison. The metrics `mean_loss`, `final_loss`,
-  `validation_loss` and `diverged` are means over tasks and seeds of what `Runs` has, on the validation split.
+  `validation_loss` and `diverged` are means over tasks and seeds of what `Runs` has; what is held out is the
+  validation split.
 
   Raises:
     ValueError: For a count below 1.
