@@ -79,6 +79,10 @@ def main(argv: list[str]) -> None:
   parallel.setup()
   family = configuration.build("tasks", TASK, where="task")
   names = ONLY.value or configuration.choices("architectures")
+  if unknown := [name for name in names if name not in configuration.choices("architectures")]:
+    sys.exit(
+      f"architectures.py: --only: no {unknown[0]!r}; there are: {', '.join(configuration.choices('architectures'))}"
+    )
   rows = [["architecture", "meta-parameters", "state, bytes", "FLOPs", "loss before", "after", "times", "seconds"]]
   rows.append(["---", *["---:"] * 7])
   failed = []

@@ -42,9 +42,11 @@ CACHE = flags.DEFINE_string("cache", "runs/evaluation", "Folder of runs that wer
 TIMING = flags.DEFINE_boolean("timing", True, "Measure the time of a step; nothing else should run then.")
 WANDB = flags.DEFINE_enum("wandb", "auto", tracking.MODES, "Weights & Biases, as in meta_train.py.")
 NUM_TASKS = flags.DEFINE_integer("num_tasks", None, "Held-out tasks; by default what the configuration says.", 1)
-NUM_SEEDS = flags.DEFINE_integer("num_seeds", None, "Runs of each task; likewise.", 1)
-NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Inner steps of each run; likewise.", 1)
-SEED = flags.DEFINE_integer("seed", None, "Which tasks and runs; likewise.", 0)
+NUM_SEEDS = flags.DEFINE_integer("num_seeds", None, "Runs of each task; by default what the configuration says.", 1)
+NUM_STEPS = flags.DEFINE_integer(
+  "num_steps", None, "Inner steps of each run; by default what the configuration says.", 1
+)
+SEED = flags.DEFINE_integer("seed", None, "Which tasks and runs; by default what the configuration says.", 0)
 
 
 def main(argv: list[str]) -> None:

@@ -26,6 +26,10 @@ pretrained = configuration.load(Path(__file__).parent / "configs" / "pretrained.
 def average(members: list[trained.TrainedOptimizer], path: Path) -> None:
   """Writes the average: a file with the configurations of all members."""
   sections = [member.config["architecture"] for member in members]
+  if others := {section.get("name") for section in sections} - {"tensor_mlp"}:
+    sys.exit(
+      f"reproduce_pretrained.py: --members: only tensor_mlp's are averaged, not {', '.join(map(str, others))}'s"
+    )
   theta, scales = tensor_mlp.average(
     [member.theta for member in members],
     [tuple(section.get("time_scales", (10, 100))) for section in sections],  # as before there was a choice

@@ -197,7 +197,17 @@ def first_theta(optimizer: base.LearnedOptimizer, initial: str | None, seed: int
   try:
     return trained.load(initial, optimizer).theta
   except trained.LoadError as error:
-    raise configuration.ConfigError(f"config.initial: {error}") from error
+    raise configuration.ConfigError(f"config.initial: {error}{_own_architecture(initial)}") from error
+
+
+def _own_architecture(initial: str) -> str:
+  """What a trained optimizer is of, as the end of a sentence; nothing where the file does not say."""
+  try:
+    section = trained.load(initial).config["architecture"]
+  except (trained.LoadError, KeyError):
+    return ""
+  options = ", ".join(f"{name}={value}" for name, value in section.items() if name not in ("name", "direction"))
+  return f"; the file is of config.architecture: name={section.get('name')}, {options}"
 
 
 def _periodic(*, every: int, num_tasks: int, num_seeds: int, num_steps: int) -> dict[str, int]:

@@ -118,6 +118,49 @@ def test_recommended_steps_are_those_for_the_network_and_the_length():
     np.testing.assert_allclose(optimizer.schedule(steps)(0), rate * 2 / np.sqrt(3), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"learning_rate": 0.01},
+    {"learning_rate": optax.linear_schedule(0.01, 0.0, 8), "weight_decay": 0.1},
+    {"num_steps": 8, "weight_decay": optax.linear_schedule(0.1, 0.0, 8)},
+  ],
+)
+def test_hyperparameters_can_be_injected(options):
+  """Under jit, where all numbers are traced: as without."""
+  optimizer, params = lopt.load("tensor_mlp"), {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
+  plain, injected = optimizer(**options), optax.inject_hyperparams(optimizer)(**options)
+  states = [tx.init(params) for tx in (plain, injected)]
+  for seed in range(2):
+    gradients = jax.tree.map(lambda p, seed=seed: jax.random.normal(jax.random.key(seed), p.shape), params)
+    updates = []
+    for i, tx in enumerate((plain, injected)):
+      update, states[i] = jax.jit(tx.update)(gradients, states[i], params)
+      updates.append(update)
+    close(*updates, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (
+      lambda tx: tx(optax.constant_schedule(0.1)),
+      "num_steps: a function is no number of training steps; a schedule ",
+    ),
+    (lambda tx: tx([100]), "num_steps: [100] is not a number of training steps; it must be at least 1"),
+    (lambda tx: tx(jnp.array([1, 2])), "num_steps: Array([1, 2], dtype=int32) is not a number of training steps"),
+    (lambda tx: tx.direction(num_steps=0), "num_steps: 0 is not a number of training steps"),
+    (lambda tx: tx.schedule(0), "num_steps: 0 is not a number of training steps"),
+    (lambda tx: tx(9, state_dtype="half"), "state_dtype: must be float32 or bfloat16, not float16"),
+    (lambda tx: tx(9, state_dtype="foo"), "state_dtype: must be float32 or bfloat16, not 'foo'"),
+    (lambda tx: tx(9, state_dtype=None), "state_dtype: must be float32 or bfloat16, not None"),
+  ],
+)
+def test_arguments_that_are_none_are_refused_in_one_line(call, message):
+  with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+    call(lopt.load("tensor_mlp"))
+
+
 def test_names_choose_what_is_not_orthogonalised():
   """The rest is as without them; an embedding's direction is v / rms(v), which θ = 0 has from Nesterov Adam."""
   params = {"embed": {"w": jnp.ones((6, 3))}, "out": {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}}
@@ -134,8 +177,9 @@ def test_names_choose_what_is_not_orthogonalised():
   assert np.max(np.abs(plain["embed"]["w"] - chosen["embed"]["w"])) > 0.1
   steps = first(trained(learning_rate=0.5, elementwise=["embed"]))
   close(steps, jax.tree.map(lambda u: -0.5 * u, first(trained.direction(elementwise=("embed",)))), rtol=1e-5)
-  with pytest.raises(ValueError, match=re.escape("'b' is in the name of no matrix; there are: out/w")):
-    trained(learning_rate=0.5, elementwise=("b",)).init({"out": params["out"]})
+  trained(learning_rate=0.5, elementwise=("out/b",)).init(params)  # a vector anyway
+  with pytest.raises(ValueError, match=re.escape("'bias' is in the name of no tensor; there are: out/b, out/w")):
+    trained(learning_rate=0.5, elementwise=("bias",)).init({"out": params["out"]})
   with pytest.raises(ValueError, match=re.escape("such as ('embed',), not 'embed'")):
     trained(learning_rate=0.5, elementwise="embed")
 

@@ -291,6 +291,11 @@ for call in (
   lambda: lopt.load(3),
   lambda: lopt.load("tensor_mpl"),
   lambda: shipped(1e-2),
+  lambda: shipped(learning_rate="0.1"),
+  lambda: shipped(9, weight_decay="0.1"),
+  lambda: shipped(9, input_axes=("w",)),
+  lambda: shipped(9, elementwise=3),
+  lambda: shipped(9, elementwise=(3,)),
   lambda: lopt.evaluate(shipped, family),
   lambda: lopt.evaluate([shipped], family),
   lambda: lopt.evaluate({"mine": "tensor_mlp"}, family),
@@ -324,6 +329,11 @@ def test_arguments_of_other_types_are_refused_in_one_line(tmp_path, environment)
     "3: is neither a path nor the name",
     "tensor_mpl: no such file; did you mean 'tensor_mlp'? expected",
     "num_steps: 0.01 is not a number of training steps; it must be at least 1; did you mean learning_rate=0.01?",
+    "learning_rate: a number or an Optax schedule, not '0.1'",
+    "weight_decay: a number or an Optax schedule, not '0.1'",
+    "input_axes: a dictionary of parts of names and numbers of axes, not ('w',)",
+    "elementwise: a tuple of parts of names, not 3",
+    "elementwise: parts of names, such as 'embed', not (3,)",
     *["optimizers: give them by name, such as"] * 2,
     "optimizers: 'mine' is of type str, no trained optimizer",
     "optimizers: 'mine' is of type GradientTransformationExtraArgs, no trained optimizer",
@@ -335,6 +345,14 @@ def test_arguments_of_other_types_are_refused_in_one_line(tmp_path, environment)
   lines = result.stdout.splitlines()
   assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
   assert not list(tmp_path.iterdir())
+
+
+def test_an_initial_optimizer_of_another_architecture_is_refused_with_its_own():
+  optimizer = configuration.build("architectures", {"name": "tensor_mlp"}, where="architecture")
+  with pytest.raises(
+    configuration.ConfigError, match=r"config.initial: tensor_mlp: .*; the file is of .*hidden_size="
+  ):
+    experiment.first_theta(optimizer, "tensor_mlp", seed=0)
 
 
 def test_interruptions_are_keyboard_interrupts():

@@ -3,7 +3,9 @@
     python experiments/examples/fine_tune.py
 
 The tasks are to fit a sine of random frequency and phase with a small network. Writes runs/fine_tuned.safetensors.
-Meta-training from a configuration file, with checkpoints and a comparison: `--config.initial=tensor_mlp`.
+With checkpoints and a comparison it is one call:
+
+    lopt.meta_train(sines(), lopt.load("tensor_mlp").architecture, initial="tensor_mlp")
 """
 
 import sys

@@ -73,19 +73,20 @@ def wrap(
       v = d / rms(d) - c n
       u = orthogonalise(v) / rms(orthogonalise(v))     of tensors with two axes or more
       u = v / rms(v)                                   of vectors and scalars, and where `elementwise` says so
-      Δp = -α_t u                                      α_t: `learning_rate`, its warm-up and a cosine down to zero
+      Δp = -α_t u                                      α_t: the recommended rate, warmed up, and a cosine down to zero
 
   rms(x) = √(mean x²) over the tensor. Kernels of convolutions are matrices of [height · width · in, out]. Where
   n = 0, as for θ = 0, this is Nesterov Adam, orthogonalised.
 
   Nothing depends on the scale of a tensor's gradients, whatever it is: they are divided by a moving average of their
-  mean |g| before Adam and the network see them. A tensor whose v is zero stays where it is. A gradient with NaN makes
-  all later directions of its tensor NaN, as with Adam; `optax.apply_if_finite` skips such steps.
+  mean |g| before Adam and the network see them. A tensor whose newest gradient is zero stays where it is: one that
+  the loss does not depend on, or not in this step. A gradient with NaN makes all later directions of its tensor NaN,
+  as with Adam; `optax.apply_if_finite` skips such steps.
 
   Args:
     optimizer: Any architecture. Its updates of the first θ should be zero or small: `zero_output`.
-    learning_rate: α, recommended to those who give none: about the root mean square of a step of each parameter. See
-      `recommended_share`.
+    learning_rate: About the root mean square of a step of each parameter: recommended for six narrow matrices. What
+      is recommended for others, and what meta-training is done at, is `recommended_share` times this.
     warmup: Share of the steps in which α_t rises to α.
     strength: c.
     elementwise: Parts of the names of tensors that are not orthogonalised, such as "embed": see `Matrices`.
@@ -112,7 +113,14 @@ def wrap(
     return lambda count: learning_rate * factor(count)
 
   def transform(theta: base.Theta, num_steps: Any) -> optax.GradientTransformationExtraArgs:
-    return optax.chain(direction(theta, num_steps), optax.scale_by_learning_rate(schedule(num_steps)))
+    uphill, rate = direction(theta, num_steps), schedule(num_steps)
+
+    def update_fn(updates, state, params=None, **extra_args):
+      u, new_state = uphill.update(updates, state, params, **extra_args)
+      step = rate(state.count) * recommended_share(params, num_steps, Matrices(elementwise))
+      return jax.tree.map(lambda u: -step * u, u), new_state
+
+    return optax.GradientTransformationExtraArgs(uphill.init, update_fn)
 
   return base.LearnedOptimizer(optimizer.init, transform, direction, schedule, learning_rate)
 
@@ -164,12 +172,9 @@ def _direction(
 
   def update_fn(updates, state, params=None, **extra_args):
     count = state.count + 1
-    mean_size = jax.tree.map(
-      # Each divided on its own, so that the sum is finite where they are.
-      lambda mean, g: SCALE_DECAY * mean + (1 - SCALE_DECAY) * jnp.sum(jnp.abs(g) / max(g.size, 1)),
-      state.mean_size,
-      updates,
-    )
+    # Each divided on its own, so that the sum is finite where they are.
+    size = jax.tree.map(lambda g: jnp.sum(jnp.abs(g) / max(g.size, 1)), updates)
+    mean_size = jax.tree.map(lambda mean, new: SCALE_DECAY * mean + (1 - SCALE_DECAY) * new, state.mean_size, size)
     # Moments are kept in the unit of the newest gradient, so that Adam is Adam whatever the unit does.
     unit, last_unit = _unbiased(mean_size, count), _unbiased(state.mean_size, state.count)
     change = jax.tree.map(
@@ -183,12 +188,13 @@ def _direction(
     d, adam_state = adam.update(gradients, moments, params)
     n, network_state = network.update(gradients, state.network, params, **extra_args)
 
-    def unit_direction(path, d, n):
+    def unit_direction(path, d, n, size):
       v = _unit(d) - strength * n
       sides = matrices.sides(base.name_of(path), v.shape)
-      return _unit(v) if sides is None else _unit(orthogonalise(v.reshape(sides)).reshape(v.shape))
+      u = _unit(v) if sides is None else _unit(orthogonalise(v.reshape(sides)).reshape(v.shape))
+      return jnp.where(size == 0, 0.0, u)
 
-    directions = jax.tree_util.tree_map_with_path(unit_direction, d, n)
+    directions = jax.tree_util.tree_map_with_path(unit_direction, d, n, size)
     return directions, DirectionState(count, mean_size, adam_state, network_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jaxtyping import Array
 from lopt.architectures import sharding
 from lopt.architectures.direction import Matrices, recommended_share
 from lopt.base import LearnedOptimizer, PyTree, Theta, name_of
+from lopt.runs import stacked as stacks
 from lopt.runs.stacked import layer_by_layer, unstacked
 
 LARGEST_GRADIENT, LARGEST_OF_DIRECTIONS = 1e12, 1e36
@@ -58,12 +59,12 @@ class TrainedOptimizer(NamedTuple):
     num_steps: Any = None,
     *,
     learning_rate: optax.ScalarOrSchedule | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[PyTree], Any] | None = None,
     elementwise: Sequence[str] | None = None,
     input_axes: Mapping[str, int] | None = None,
     stacked: Sequence[str] = (),
-    state_dtype: Any = jnp.float32,
+    state_dtype: Any = "float32",
   ) -> optax.GradientTransformationExtraArgs:
     """Δp = -α_t (u + λ p) for a run of `num_steps` steps, with the direction u.
 
@@ -71,7 +72,7 @@ class TrainedOptimizer(NamedTuple):
       num_steps: Length of the run; may be traced. Without `learning_rate`, α_t is the recommended rate for networks
         of this size and as many steps (`direction.recommended_share`), warmed up and decayed to zero by a cosine.
       learning_rate: α_t: a number, or an Optax schedule of the step. It needs no `num_steps`.
-      weight_decay: λ, decoupled, per unit of the learning rate; as in `optax.adamw`.
+      weight_decay: λ, decoupled, per unit of the learning rate; as in `optax.adamw`. May be traced, or a schedule.
       mask: What λ applies to, as in `optax.adamw`.
       elementwise: Parts of the names of tensors that are not orthogonalised, such as `("embed",)`; a name is a
         tensor's path in the parameters, joined by `/`. None: as in meta-training; what ships orthogonalises all
@@ -88,11 +89,14 @@ class TrainedOptimizer(NamedTuple):
         is given; no tensor has one of the names, once there are parameters; or an optimizer that decides on its steps
         by itself is given a learning rate, weight decay or names.
     """
-    if num_steps is not None and not isinstance(num_steps, Tracer) and not _is_count(num_steps):
-      hint = f"; did you mean learning_rate={num_steps!r}?" if isinstance(num_steps, float) and num_steps > 0 else ""
-      raise ValueError(f"num_steps: {num_steps!r} is not a number of training steps; it must be at least 1{hint}")
+    _check_count(num_steps)
+    _check_number("learning_rate", learning_rate, "a number or an Optax schedule")
+    _check_number("weight_decay", weight_decay, "a number or an Optax schedule")
+    # A traced one, as of `optax.inject_hyperparams`, may be of no decay.
+    decays = isinstance(weight_decay, Tracer) or callable(weight_decay) or bool(weight_decay != 0)
     if self.learning_rate is None:
-      given = {"learning_rate": learning_rate, "weight_decay": weight_decay or None, "elementwise": elementwise}
+      refused_decay = weight_decay if decays and not isinstance(weight_decay, Tracer) else None
+      given = {"learning_rate": learning_rate, "weight_decay": refused_decay, "elementwise": elementwise}
       given |= {"input_axes": input_axes or None, "stacked": stacked or None}
       if refused := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"{refused[0]}: {_NO_DIRECTION}")
@@ -108,7 +112,7 @@ class TrainedOptimizer(NamedTuple):
     sized = (
       self._by_width(num_steps, layout) if learning_rate is None else optax.scale_by_learning_rate(learning_rate)
     )
-    decay = optax.add_decayed_weights(weight_decay, mask) if weight_decay else optax.identity()
+    decay = optax.add_decayed_weights(weight_decay, mask) if decays else optax.identity()
     return optax.chain(tx, decay, sized)
 
   def direction(
@@ -118,7 +122,7 @@ class TrainedOptimizer(NamedTuple):
     elementwise: Sequence[str] | None = None,
     input_axes: Mapping[str, int] | None = None,
     stacked: Sequence[str] = (),
-    state_dtype: Any = jnp.float32,
+    state_dtype: Any = "float32",
   ) -> optax.GradientTransformationExtraArgs:
     """The direction u alone, uphill as `optax.scale_by_adam`'s and of unit size, to be chained with what sizes steps.
 
@@ -133,16 +137,34 @@ class TrainedOptimizer(NamedTuple):
       ValueError: `state_dtype` is neither float32 nor bfloat16, no tensor has one of the names, or the optimizer
         decides on its steps by itself.
     """
+    _check_count(num_steps)
     return self._direction(num_steps, _layout(elementwise, input_axes, stacked), state_dtype)
 
-  def schedule(self, num_steps: Any, params: PyTree | None = None) -> optax.Schedule:
+  def schedule(
+    self,
+    num_steps: Any,
+    params: PyTree | None = None,
+    *,
+    elementwise: Sequence[str] | None = None,
+    input_axes: Mapping[str, int] | None = None,
+    stacked: Sequence[str] = (),
+  ) -> optax.Schedule:
     """The recommended learning rate at each of `num_steps` steps: warm-up, then a cosine to zero.
 
     Args:
       num_steps: Length of the run.
-      params: Of the network, or arrays of their shapes; None: of one of six matrices that are no wider than 32.
+      params: Of the network, or arrays of their shapes; None: of one of six matrices that are no wider than 32. Only
+        matrices that the optimizer is given count: not those of another group of `optax.partition`.
+      elementwise: As for a call of the optimizer, and likewise:
+      input_axes: The rows of matrices.
+      stacked: Which tensors are stacks of layers.
+
+    Raises:
+      ValueError: `num_steps` is below 1, or the optimizer decides on its steps by itself.
     """
-    return self._schedule(num_steps, params, Matrices())
+    _check_count(num_steps)
+    layout = _layout(elementwise, input_axes, stacked)
+    return self._schedule(num_steps, None if params is None else unstacked(params, layout.stacked), layout.matrices)
 
   def _direction(self, num_steps: Any, layout: "_Layout", state_dtype: Any) -> optax.GradientTransformationExtraArgs:
     build = self.architecture.direction
@@ -185,27 +207,37 @@ class _Layout(NamedTuple):
 
 
 def _layout(
-  elementwise: Sequence[str] | None, input_axes: Mapping[str, int] | None, stacked: Sequence[str]
+  elementwise: Sequence[str] | None, input_axes: Mapping[str, int] | None, stacked: Sequence[str] | None
 ) -> _Layout:
+  stacked = () if stacked is None else stacked
   for option, parts in (("elementwise", elementwise), ("stacked", stacked)):
     if isinstance(parts, str):
       raise ValueError(f"{option}: a tuple of parts of names, such as ({parts!r},), not {parts!r}")
+    if parts is not None and not isinstance(parts, Collection):
+      raise ValueError(f"{option}: a tuple of parts of names, not {parts!r}")
+  if input_axes is not None and not isinstance(input_axes, Mapping):
+    raise ValueError(f"input_axes: a dictionary of parts of names and numbers of axes, not {input_axes!r}")
   for part, axes in (input_axes or {}).items():
     if isinstance(axes, bool) or not isinstance(axes, int) or axes < 1:
       raise ValueError(f"input_axes: {part!r} has {axes!r}, and must have a number of axes, at least 1")
   own = None if elementwise is None else tuple(elementwise)
+  stacked = tuple(stacked)
+  for option, parts in (("elementwise", own or ()), ("stacked", stacked), ("input_axes", tuple(input_axes or ()))):
+    if not all(isinstance(part, str) for part in parts):
+      raise ValueError(f"{option}: parts of names, such as 'embed', not {parts!r}")
   return _Layout(Matrices(own, dict(input_axes or {})), tuple(stacked))
 
 
 def _check_names(params: PyTree, layout: _Layout) -> None:
   """That every part is in a name, and input axes leave some for outputs."""
+  stacks.check(params, layout.stacked)
   layers = unstacked(params, layout.stacked)
   axes_of = {name_of(path): len(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(layers)}
   all_names = [name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   matrices = sorted(name for name, axes in axes_of.items() if axes >= 2)
-  given = {"elementwise": layout.matrices.elementwise or (), "input_axes": tuple(layout.matrices.input_axes)}
   for option, parts, names, what in (
-    *((option, parts, matrices, "matrix") for option, parts in given.items()),
+    ("elementwise", layout.matrices.elementwise or (), sorted(all_names), "tensor"),
+    ("input_axes", tuple(layout.matrices.input_axes), matrices, "matrix"),
     ("stacked", layout.stacked, sorted(all_names), "tensor"),
   ):
     if missing := [part for part in parts if not any(part in name for name in names)]:
@@ -217,8 +249,25 @@ def _check_names(params: PyTree, layout: _Layout) -> None:
         raise ValueError(f"input_axes: {part!r} has {rows}, but {name} has {axes_of[name]} axes: no output is left")
 
 
-def _is_count(x: Any) -> bool:
-  return not isinstance(x, (str, bool)) and 1 <= x < math.inf
+def _check_count(num_steps: Any) -> None:
+  if num_steps is None or isinstance(num_steps, Tracer):
+    return
+  if not isinstance(num_steps, bool) and _is_number(num_steps) and 1 <= num_steps < math.inf:
+    return
+  if callable(num_steps):
+    raise ValueError("num_steps: a function is no number of training steps; a schedule is given as learning_rate=...")
+  hint = f"; did you mean learning_rate={num_steps!r}?" if isinstance(num_steps, float) and num_steps > 0 else ""
+  raise ValueError(f"num_steps: {num_steps!r} is not a number of training steps; it must be at least 1{hint}")
+
+
+def _check_number(option: str, x: Any, what: str) -> None:
+  if x is not None and not callable(x) and not _is_number(x):
+    raise ValueError(f"{option}: {what}, not {x!r}")
+
+
+def _is_number(x: Any) -> bool:
+  """Whether it is one number: of Python's, NumPy's, or JAX's, traced or not."""
+  return isinstance(x, (int, float)) or (hasattr(x, "dtype") and jnp.ndim(x) == 0)
 
 
 _NO_DIRECTION = (
@@ -233,7 +282,7 @@ def wrap(
   num_steps: Any,
   *,
   largest: float,
-  state_dtype: Any = jnp.float32,
+  state_dtype: Any = "float32",
 ) -> optax.GradientTransformationExtraArgs:
   """`build(theta, num_steps)` for parameters of any floating-point precision, size and layout.
 
@@ -250,9 +299,12 @@ def wrap(
   Raises:
     ValueError: `state_dtype` is neither float32 nor bfloat16.
   """
-  stored = jnp.dtype(state_dtype)
+  try:
+    stored = None if state_dtype is None else jnp.dtype(state_dtype)
+  except TypeError:
+    stored = None
   if stored not in (jnp.float32, jnp.bfloat16):
-    raise ValueError(f"state_dtype: must be float32 or bfloat16, not {stored}")
+    raise ValueError(f"state_dtype: must be float32 or bfloat16, not {stored or repr(state_dtype)}")
 
   def init(params: PyTree) -> PyTree:
     return _in_precision(build(theta, num_steps).init(_prepared(params, "parameters")), jnp.float32, stored)

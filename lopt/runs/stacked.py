@@ -86,6 +86,23 @@ def _by_size(tree: PyTree, stacked: tuple[str, ...]) -> dict[int, PyTree]:
   }
 
 
+def check(params: PyTree, stacked: tuple[str, ...]) -> None:
+  """That all tensors that a part of a name stands for are stacks of as many layers.
+
+  Raises:
+    ValueError: They are not.
+  """
+  shapes = [(path, jnp.shape(x)) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+  for part in stacked:
+    sizes = {shape[0]: name_of(path) for path, shape in shapes if _is_stack(path, shape, (part,))}
+    if len(sizes) > 1:
+      (one, first), (other, second) = list(sizes.items())[:2]
+      raise ValueError(
+        f"stacked: {part!r} is in the names of {first}, of {one} layers, and {second}, of {other}; "
+        "give a part of a name for each number of layers"
+      )
+
+
 def _is_stack(path: Any, shape: tuple[int, ...], stacked: tuple[str, ...]) -> bool:
   return len(shape) > 0 and any(part in name_of(path) for part in stacked)
 

@@ -102,6 +102,19 @@ def test_directions_have_unit_rms_and_no_scale_of_gradients_matters(name):
 
 @pytest.mark.slow_but_for("tensor_mlp")
 @pytest.mark.parametrize("name", NETWORKS)
+def test_a_tensor_without_a_gradient_stays_where_it_is(name):
+  """Never with one, or none in this step: although momenta and a network that sees the parameters go on."""
+  tx = optimizer(name).direction()
+  state, update = tx.init(params()), jax.jit(tx.update)
+  for step, still in enumerate([("wide",), ("wide", "bias", "conv"), ("wide",)]):
+    g = {leaf: x * (leaf not in still) for leaf, x in gradients(step).items()}
+    u, state = update(g, state, params())
+    for leaf in PARAMS:
+      np.testing.assert_allclose(np.sqrt(np.mean(np.square(u[leaf]))), float(leaf not in still), rtol=1e-5)
+
+
+@pytest.mark.slow_but_for("tensor_mlp")
+@pytest.mark.parametrize("name", NETWORKS)
 def test_the_network_has_a_say(name):
   """A θ whose output is not zero goes elsewhere than θ = 0."""
   zero, other = directions(optimizer(name, zero_output=True).direction()), directions(optimizer(name).direction())
@@ -132,6 +145,18 @@ def test_the_recommended_schedule_warms_up_and_ends_at_zero():
   expected = [0.02 * min(1, (t + 1) / 4) * (1 + np.cos(np.pi * min(t / 40, 1))) / 2 for t in range(42)]
   np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-9)
   assert trained.learning_rate == 0.02
+
+
+def test_meta_training_is_at_the_rates_that_are_recommended():
+  """What `transform` does, which is what meta-training sees, is what a user gets who says how many steps only."""
+  trained = optimizer()
+  with jax.disable_jit():
+    tx = trained.architecture.transform(trained.theta, 1_600), trained(num_steps=1_600)
+    each = list(zip(*(directions(x, steps=2) for x in tx), strict=True))
+  assert float(direction.recommended_share(params(), 1_600)) != 1
+  for ours, theirs in each:
+    for leaf in PARAMS:
+      np.testing.assert_allclose(ours[leaf], theirs[leaf], rtol=1e-5, atol=1e-9)
 
 
 def test_less_is_recommended_for_wider_networks_and_longer_runs_and_more_for_few_matrices():

@@ -59,6 +59,14 @@ def test_a_state_of_bfloat16_of_a_stack():
   assert abs(sizes[0] - sizes[1]) <= 4 * counts
 
 
+def test_the_schedule_of_stacks_is_that_of_their_layers():
+  params, stacked = pair(0)
+  optimizer, options = lopt.load("tensor_mlp"), {"input_axes": ATTENTION, "elementwise": ("embed",)}
+  rate = optimizer.schedule(300, stacked, **options, stacked=("blocks",))(7)
+  np.testing.assert_allclose(rate, optimizer.schedule(300, params, **options)(7), rtol=1e-6)
+  assert rate != optimizer.schedule(300, stacked, **options)(7)
+
+
 def test_input_axes_are_the_rows():
   """A kernel of [inputs, heads, size] is the matrix of [inputs, heads * size]."""
   gradient = jax.random.normal(jax.random.key(0), (4, 2, 3))
@@ -81,6 +89,7 @@ def test_input_axes_are_the_rows():
       {"stacked": ("layers",)},
       "stacked: 'layers' is in the name of no tensor; there are: blocks/bias, blocks/gain, ",
     ),
+    ({"stacked": ("blocks", "e")}, "stacked: 'e' is in the names of "),
     ({"stacked": "blocks"}, "stacked: a tuple of parts of names, such as ('blocks',), not 'blocks'"),
     ({"input_axes": {"key": 1}}, "input_axes: 'key' is in the name of no matrix; there are: "),
     ({"input_axes": {"query": 0}}, "input_axes: 'query' has 0, and must have a number of axes, at least 1"),
