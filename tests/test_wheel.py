@@ -52,12 +52,16 @@ def test_a_command_that_is_not_there_is_one_line():
 @pytest.mark.slow
 def test_in_a_checkout_the_commands_are_the_scripts(tmp_path):
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-  flags = ["meta-train", "--config=nonsense"]
-  result = subprocess.run(
-    [sys.executable, "-m", "lopt", *flags], cwd=tmp_path, env=environment, capture_output=True, text=True
-  )
+
+  def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lopt", "meta-train", *flags]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+  result = run("--config=nonsense")
   assert result.returncode == 1
-  assert result.stderr.startswith("lopt meta-train: --config: no configuration 'nonsense'; there are: digits, ")
+  assert result.stderr.startswith("meta_train.py: --config: no configuration 'nonsense'; there are: digits, ")
+  text = run("--help").stdout
+  assert all(f"\n  --{flag}: " in text for flag in ("config", "workdir", "wandb"))
 
 
 @pytest.mark.slow
