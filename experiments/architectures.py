@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
-from lopt import base, configuration, inner_training
+from lopt import base, command_line, configuration, inner_training
 from lopt.evaluation import inner_runs
 from lopt.outer import meta_training, parallel, pes
 from lopt.runs import files
@@ -79,16 +79,12 @@ def main(argv: list[str]) -> None:
   parallel.setup()
   family = configuration.build("tasks", TASK, where="task")
   names = ONLY.value or configuration.choices("architectures")
-  if unknown := [name for name in names if name not in configuration.choices("architectures")]:
-    sys.exit(
-      f"architectures.py: --only: no {unknown[0]!r}; there are: {', '.join(configuration.choices('architectures'))}"
-    )
+  built = {name: configuration.build("architectures", {"name": name}, where="--only") for name in names}
   rows = [["architecture", "meta-parameters", "state, bytes", "FLOPs", "loss before", "after", "times", "seconds"]]
   rows.append(["---", *["---:"] * 7])
   failed = []
-  for name in names:
+  for name, learned in built.items():
     begun = time.perf_counter()
-    learned = configuration.build("architectures", {"name": name}, where="architecture")
     train = inner_runs.build_train(family)(inner_runs.as_is(learned))
     runs = inner_runs.every_seed(inner_runs.sample_tasks(family, 0, inner_runs.HELD_OUT, 16), 2)
     both = [train(theta, np.ones((32, 1)), *runs, NUM_STEPS) for theta in meta_train(name, learned, family)]
@@ -109,4 +105,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command_line.run(main, name="architectures.py", again="the same command begins anew")

@@ -34,7 +34,6 @@ OPTIMIZER = flags.DEFINE_list(
 CONFIG = command_line.define_flag(
   "config", None, "Take the tasks from this configuration instead.", folder=Path(__file__).parent / "configs"
 )
-flags.declare_key_flag("config")  # --help lists it
 SUITE = flags.DEFINE_list("suite", None, "Compare on these held-out suites instead, or on all but the large ones.")
 BASELINES = flags.DEFINE_list("baselines", ["adamw", "muon"], "Functions of lopt/evaluation/baselines.py, or all.")
 MODULES = flags.DEFINE_list("modules", [], "Modules of your own that the optimizers' files may name.")

@@ -33,7 +33,6 @@ CONFIG = command_line.define_flag(
   "What to run: a name in configs/, or the path of a file.",
   folder=Path(__file__).parent / "configs",
 )
-flags.declare_key_flag("config")  # --help lists it
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Where the run is kept, and continued from.")
 WANDB = flags.DEFINE_enum(
   "wandb",

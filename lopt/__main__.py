@@ -4,9 +4,10 @@ lopt meta-train --config=digits --workdir=runs/digits
 lopt evaluate --optimizer=runs/digits
 """
 
-import runpy
 import sys
 from pathlib import Path
+
+from lopt import configuration
 
 COMMANDS = {"meta-train": "meta_train.py", "evaluate": "evaluate.py"}
 FOLDER = Path(__file__).parent / "commands"  # in a wheel; in a checkout it is another
@@ -23,7 +24,7 @@ def main() -> None:
   if asked not in COMMANDS:
     sys.exit(f"lopt: no command {asked!r}; there are: {', '.join(COMMANDS)}")
   sys.argv[:2] = [f"lopt {asked}"]
-  runpy.run_path(str(FOLDER / COMMANDS[asked]), run_name="__main__")  # as main, so that --help has its flags
+  configuration.load(FOLDER / COMMANDS[asked], as_main=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from ml_collections import config_flags
 from lopt.runs import interruption, lock, trained
 from lopt.signatures import ConfigError
 
+flags.disclaim_key_flags()  # a flag defined here is its script's, whose --help lists it
+
 
 def run(
   main: Callable[[list[str]], None], *, name: str, again: str, errors: tuple[type[Exception], ...] = ()

@@ -20,6 +20,7 @@ import importlib
 import importlib.util
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -222,15 +223,21 @@ def _wrap(package: str, wrapper: str) -> Callable[..., Any]:
   return importlib.import_module(f"lopt.{package}.{wrapper}").wrap
 
 
-def load(path: str | Path) -> types.ModuleType:
+def load(path: str | Path, *, as_main: bool = False) -> types.ModuleType:
   """The config file `path` as a module, whose `get_config(choices)` returns a configuration.
 
   With it one config file builds on another wherever both lie, without a change of sys.path.
+
+  Args:
+    path: of the file.
+    as_main: whether it is run as Python runs a script: as the module `__main__`, which absl's --help looks at.
   """
-  spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+  spec = importlib.util.spec_from_file_location("__main__" if as_main else Path(path).stem, path)
   assert spec is not None
   assert spec.loader is not None
   found = importlib.util.module_from_spec(spec)
+  if as_main:
+    sys.modules["__main__"] = found
   spec.loader.exec_module(found)
   return found
 

@@ -59,7 +59,7 @@ def test_in_a_checkout_the_commands_are_the_scripts(tmp_path):
 
   result = run("--config=nonsense")
   assert result.returncode == 1
-  assert result.stderr.startswith("meta_train.py: --config: no configuration 'nonsense'; there are: digits, ")
+  assert result.stderr.startswith("lopt meta-train: --config: no configuration 'nonsense'; there are: digits, ")
   text = run("--help").stdout
   assert all(f"\n  --{flag}: " in text for flag in ("config", "workdir", "wandb"))
 

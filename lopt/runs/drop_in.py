@@ -14,8 +14,7 @@ from jaxtyping import Array
 from lopt.architectures import sharding
 from lopt.architectures.direction import Matrices, recommended_share
 from lopt.base import LearnedOptimizer, PyTree, Theta, name_of
-from lopt.runs import stacked as stacks
-from lopt.runs.stacked import layer_by_layer, unstacked
+from lopt.runs.stacked import check_stacks, layer_by_layer, unstacked
 
 LARGEST_GRADIENT, LARGEST_OF_DIRECTIONS = 1e12, 1e36
 """Beyond these a tensor's gradients are scaled down. Up to the first, powers and products in features are finite in
@@ -90,13 +89,12 @@ class TrainedOptimizer(NamedTuple):
         by itself is given a learning rate, weight decay or names.
     """
     _check_count(num_steps)
-    _check_number("learning_rate", learning_rate, "a number or an Optax schedule")
-    _check_number("weight_decay", weight_decay, "a number or an Optax schedule")
-    # A traced one, as of `optax.inject_hyperparams`, may be of no decay.
-    decays = isinstance(weight_decay, Tracer) or callable(weight_decay) or bool(weight_decay != 0)
+    _check_rate("learning_rate", learning_rate)
+    _check_rate("weight_decay", weight_decay)
     if self.learning_rate is None:
-      refused_decay = weight_decay if decays and not isinstance(weight_decay, Tracer) else None
-      given = {"learning_rate": learning_rate, "weight_decay": refused_decay, "elementwise": elementwise}
+      # A traced one may be the zero of `optax.inject_hyperparams`.
+      decay = None if isinstance(weight_decay, Tracer) or _is_zero(weight_decay) else weight_decay
+      given = {"learning_rate": learning_rate, "weight_decay": decay, "elementwise": elementwise}
       given |= {"input_axes": input_axes or None, "stacked": stacked or None}
       if refused := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"{refused[0]}: {_NO_DIRECTION}")
@@ -112,7 +110,7 @@ class TrainedOptimizer(NamedTuple):
     sized = (
       self._by_width(num_steps, layout) if learning_rate is None else optax.scale_by_learning_rate(learning_rate)
     )
-    decay = optax.add_decayed_weights(weight_decay, mask) if decays else optax.identity()
+    decay = optax.identity() if _is_zero(weight_decay) else optax.add_decayed_weights(weight_decay, mask)
     return optax.chain(tx, decay, sized)
 
   def direction(
@@ -209,28 +207,31 @@ class _Layout(NamedTuple):
 def _layout(
   elementwise: Sequence[str] | None, input_axes: Mapping[str, int] | None, stacked: Sequence[str] | None
 ) -> _Layout:
-  stacked = () if stacked is None else stacked
-  for option, parts in (("elementwise", elementwise), ("stacked", stacked)):
-    if isinstance(parts, str):
-      raise ValueError(f"{option}: a tuple of parts of names, such as ({parts!r},), not {parts!r}")
-    if parts is not None and not isinstance(parts, Collection):
-      raise ValueError(f"{option}: a tuple of parts of names, not {parts!r}")
   if input_axes is not None and not isinstance(input_axes, Mapping):
     raise ValueError(f"input_axes: a dictionary of parts of names and numbers of axes, not {input_axes!r}")
-  for part, axes in (input_axes or {}).items():
+  axes_of = dict(input_axes or {})
+  _parts("input_axes", axes_of)
+  for part, axes in axes_of.items():
     if isinstance(axes, bool) or not isinstance(axes, int) or axes < 1:
       raise ValueError(f"input_axes: {part!r} has {axes!r}, and must have a number of axes, at least 1")
-  own = None if elementwise is None else tuple(elementwise)
-  stacked = tuple(stacked)
-  for option, parts in (("elementwise", own or ()), ("stacked", stacked), ("input_axes", tuple(input_axes or ()))):
-    if not all(isinstance(part, str) for part in parts):
-      raise ValueError(f"{option}: parts of names, such as 'embed', not {parts!r}")
-  return _Layout(Matrices(own, dict(input_axes or {})), tuple(stacked))
+  own = None if elementwise is None else _parts("elementwise", elementwise)
+  return _Layout(Matrices(own, axes_of), () if stacked is None else _parts("stacked", stacked))
+
+
+def _parts(option: str, parts: Any) -> tuple[str, ...]:
+  if isinstance(parts, str):
+    raise ValueError(f"{option}: a tuple of parts of names, such as ({parts!r},), not {parts!r}")
+  if not isinstance(parts, Collection):
+    raise ValueError(f"{option}: a tuple of parts of names, not {parts!r}")
+  parts = tuple(parts)
+  if not all(isinstance(part, str) for part in parts):
+    raise ValueError(f"{option}: parts of names, such as 'embed', not {parts!r}")
+  return parts
 
 
 def _check_names(params: PyTree, layout: _Layout) -> None:
   """That every part is in a name, and input axes leave some for outputs."""
-  stacks.check(params, layout.stacked)
+  check_stacks(params, layout.stacked)
   layers = unstacked(params, layout.stacked)
   axes_of = {name_of(path): len(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(layers)}
   all_names = [name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -260,9 +261,16 @@ def _check_count(num_steps: Any) -> None:
   raise ValueError(f"num_steps: {num_steps!r} is not a number of training steps; it must be at least 1{hint}")
 
 
-def _check_number(option: str, x: Any, what: str) -> None:
+def _check_rate(option: str, x: Any) -> None:
   if x is not None and not callable(x) and not _is_number(x):
-    raise ValueError(f"{option}: {what}, not {x!r}")
+    raise ValueError(f"{option}: a number or an Optax schedule, not {x!r}")
+
+
+def _is_zero(weight_decay: Any) -> bool:
+  """Whether it is known to be none: a schedule and a traced number are not."""
+  if callable(weight_decay) or isinstance(weight_decay, Tracer):
+    return False
+  return weight_decay is None or bool(weight_decay == 0)
 
 
 def _is_number(x: Any) -> bool:

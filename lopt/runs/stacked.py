@@ -86,7 +86,7 @@ def _by_size(tree: PyTree, stacked: tuple[str, ...]) -> dict[int, PyTree]:
   }
 
 
-def check(params: PyTree, stacked: tuple[str, ...]) -> None:
+def check_stacks(params: PyTree, stacked: tuple[str, ...]) -> None:
   """That all tensors that a part of a name stands for are stacks of as many layers.
 
   Raises:
