@@ -79,11 +79,13 @@ class LearnedOptimizer(NamedTuple):
   """`(theta, num_steps, matrices=...) -> tx` whose updates point uphill and have no step size yet, as
   `optax.scale_by_adam`'s; None of an architecture that decides how far to go. What `matrices` says are some
   (`architectures.direction.Matrices`) are orthogonalised."""
-  schedule: Callable[[Any], optax.Schedule] | None = None
-  """`(num_steps) -> schedule`: the learning rates recommended for the direction. `transform` is the direction with
-  these."""
+  schedule: Callable[[Any, Any], optax.Schedule] | None = None
+  """`(learning_rate, num_steps) -> schedule`: how a direction's learning rate rises to this and decays."""
+  recommended: Callable[..., Scalar] | None = None
+  """`(params, num_steps, matrices=...) -> learning_rate`: the direction's for such parameters, of which only shapes
+  are looked at. `transform` is the direction with the schedule of this."""
   learning_rate: float | None = None
-  """The largest of these: what recommended rates are stated by."""
+  """The recommended one of small networks and short runs: what others are stated by."""
   origin: str | None = None
   """The section of a configuration that builds the same, as JSON; None where no section does: whoever replaces
   another field of an architecture sets it to None."""

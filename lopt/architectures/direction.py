@@ -101,28 +101,32 @@ def wrap(
   checks.require(0 <= warmup < 1, "warmup", warmup, "from 0 to below 1")
   checks.require(0 <= strength < math.inf, "strength", strength, "at least 0 and finite")
 
+  def usual(matrices: Matrices) -> Matrices:
+    return matrices._replace(elementwise=elementwise) if matrices.elementwise is None else matrices
+
   def direction(
     theta: base.Theta, num_steps: Any, matrices: Matrices = USUAL
   ) -> optax.GradientTransformationExtraArgs:
-    if matrices.elementwise is None:
-      matrices = matrices._replace(elementwise=elementwise)
-    return _direction(optimizer.transform(theta, num_steps), strength, matrices)
+    return _direction(optimizer.transform(theta, num_steps), strength, usual(matrices))
 
-  def schedule(num_steps: Any) -> optax.Schedule:
+  def schedule(learning_rate: Any, num_steps: Any) -> optax.Schedule:
     factor = warmup_cosine(num_steps, warmup)
     return lambda count: learning_rate * factor(count)
 
+  def recommended(params: base.Params, num_steps: Any, matrices: Matrices = USUAL) -> base.Scalar:
+    return learning_rate * recommended_share(params, num_steps, usual(matrices))
+
   def transform(theta: base.Theta, num_steps: Any) -> optax.GradientTransformationExtraArgs:
-    uphill, rate = direction(theta, num_steps), schedule(num_steps)
+    uphill = direction(theta, num_steps)
 
     def update_fn(updates, state, params=None, **extra_args):
       u, new_state = uphill.update(updates, state, params, **extra_args)
-      step = rate(state.count) * recommended_share(params, num_steps, Matrices(elementwise))
+      step = schedule(recommended(params, num_steps), num_steps)(state.count)
       return jax.tree.map(lambda u: -step * u, u), new_state
 
     return optax.GradientTransformationExtraArgs(uphill.init, update_fn)
 
-  return base.LearnedOptimizer(optimizer.init, transform, direction, schedule, learning_rate)
+  return base.LearnedOptimizer(optimizer.init, transform, direction, schedule, recommended, learning_rate)
 
 
 def warmup_cosine(num_steps: Any, warmup: float) -> optax.Schedule:

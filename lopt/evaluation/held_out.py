@@ -17,7 +17,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lopt import checks
-from lopt.architectures import direction
 from lopt.base import LearnedOptimizer, PyTree, TaskFamily, TaskParams, Theta
 from lopt.evaluation import baselines, identity, inner_runs
 from lopt.evaluation.comparison import CONTROL, REFERENCE, Comparison, Ladder, Role, Sweep
@@ -89,8 +88,7 @@ def compare(
   say = progress or (lambda message: None)
   tasks = inner_runs.sample_tasks(family, seed, inner_runs.HELD_OUT, num_tasks)
   params = jax.eval_shape(lambda key: family.init(key, family.sample(key)), jax.random.key(0))
-  share = float(direction.recommended_share(params, num_steps))
-  entries = _entries(optimizers, list(dict.fromkeys([REFERENCE, *baseline_names])), share)
+  entries = _entries(optimizers, list(dict.fromkeys([REFERENCE, *baseline_names])), params, num_steps)
   build = functools.cache(inner_runs.build_train(family, num_held_out_batches=num_held_out_batches, split="test"))
   at_once = 1 if jax.default_backend() == "cpu" else num_tasks  # tasks in a call
   key = {"seeds": num_seeds, "seed": seed, "batches": num_held_out_batches, "sources": identity.of_sources(__file__)}
@@ -217,11 +215,13 @@ def tune(
 
 
 def _entries(
-  optimizers: Mapping[str, tuple[LearnedOptimizer, Theta]], names: Sequence[str], share: float
+  optimizers: Mapping[str, tuple[LearnedOptimizer, Theta]], names: Sequence[str], params: PyTree, num_steps: int
 ) -> dict[str, _Entry]:
-  """What is compared, by name; `share`: of their recommended learning rates that is recommended here."""
+  """What is compared, by name. Learning rates are recommended for the shapes of the parameters and the length."""
   entries: dict[str, _Entry] = {}
-  recommended = lambda optimizer: None if optimizer.learning_rate is None else share * optimizer.learning_rate
+  recommended = lambda optimizer: (
+    None if optimizer.recommended is None else float(optimizer.recommended(params, num_steps))
+  )
   rated = functools.cache(inner_runs.at_rate)  # one program for several θ of one architecture
   plain = functools.cache(inner_runs.as_is)
   for name, (optimizer, theta) in optimizers.items():

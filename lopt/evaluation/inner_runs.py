@@ -73,20 +73,17 @@ def as_is(optimizer: LearnedOptimizer) -> Rated:
 
 
 def at_rate(optimizer: LearnedOptimizer) -> Rated:
-  """An optimizer with a direction at a learning rate: its own schedule, multiplied so that this is its peak.
+  """An optimizer with a direction at a learning rate: the peak of the schedule that it recommends.
 
   Raises:
     ValueError: It has no direction.
   """
-  direction, recommended, peak = optimizer.direction, optimizer.schedule, optimizer.learning_rate
-  if direction is None or recommended is None or peak is None:
+  direction, schedule = optimizer.direction, optimizer.schedule
+  if direction is None or schedule is None:
     raise ValueError("optimizer: it has no direction, and so takes no learning rate")
 
   def rated(theta: Theta, rate: Scalar, num_steps: Int[Array, ""]) -> optax.GradientTransformationExtraArgs:
-    schedule = recommended(num_steps)
-    return optax.chain(
-      direction(theta, num_steps), optax.scale_by_learning_rate(lambda count: rate / peak * schedule(count))
-    )
+    return optax.chain(direction(theta, num_steps), optax.scale_by_learning_rate(schedule(rate, num_steps)))
 
   return rated
 

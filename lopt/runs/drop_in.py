@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from lopt.architectures import sharding
-from lopt.architectures.direction import Matrices, recommended_share
+from lopt.architectures.direction import Matrices
 from lopt.base import LearnedOptimizer, PyTree, Theta, name_of
 from lopt.runs.stacked import check_stacks, layer_by_layer, unstacked
 
@@ -181,11 +181,9 @@ class TrainedOptimizer(NamedTuple):
     return optax.GradientTransformationExtraArgs(init, tx.update)
 
   def _schedule(self, num_steps: Any, params: PyTree | None, matrices: Matrices) -> optax.Schedule:
-    if self.architecture.schedule is None:
+    if self.architecture.schedule is None or self.architecture.recommended is None:
       raise ValueError(f"schedule: {_NO_DIRECTION}")
-    rate = self.architecture.schedule(num_steps)
-    share = recommended_share(params, num_steps, matrices)
-    return lambda count: share * rate(count)
+    return self.architecture.schedule(self.architecture.recommended(params, num_steps, matrices), num_steps)
 
   def _by_width(self, num_steps: Any, layout: "_Layout") -> optax.GradientTransformation:
     """`optax.scale_by_learning_rate` with the recommended rates for the tensors that it is given."""

@@ -159,6 +159,14 @@ def test_meta_training_is_at_the_rates_that_are_recommended():
       np.testing.assert_allclose(ours[leaf], theirs[leaf], rtol=1e-5, atol=1e-9)
 
 
+def test_what_is_not_orthogonalised_counts_as_no_matrix_where_it_was_so_in_meta_training():
+  """Also where a user says nothing of it: the width of the embedding does not lower the recommended rate."""
+  shapes = {"embed": jnp.ones((64, 256)), "w": jnp.ones((32, 100))}
+  trained = optimizer(elementwise=("embed",))
+  rates = [trained.schedule(200, shapes)(100), trained.schedule(200, shapes, elementwise=())(100)]
+  np.testing.assert_allclose(rates[0] / rates[1], np.sqrt(64 / 32) ** (64 * 256 / (64 * 256 + 32 * 100)), rtol=1e-5)
+
+
 def test_less_is_recommended_for_wider_networks_and_longer_runs_and_more_for_few_matrices():
   deep = {"w": [jnp.ones((32, 100))] * 6, "b": jnp.zeros(5_000)}
   assert direction.recommended_share(deep, 200) == direction.recommended_share({"b": jnp.zeros(4)}, 10) == 1
