@@ -121,7 +121,7 @@ def wrap(
 
     def update_fn(updates, state, params=None, **extra_args):
       u, new_state = uphill.update(updates, state, params, **extra_args)
-      step = schedule(recommended(params, num_steps), num_steps)(state.count)
+      step = jnp.asarray(schedule(recommended(params, num_steps), num_steps)(state.count))
       return jax.tree.map(lambda u: -step * u, u), new_state
 
     return optax.GradientTransformationExtraArgs(uphill.init, update_fn)
