@@ -17,8 +17,8 @@ from lopt.base import LearnedOptimizer, PyTree, Theta, name_of
 from lopt.runs.stacked import check_stacks, layer_by_layer, unstacked
 
 LARGEST_GRADIENT, LARGEST_OF_DIRECTIONS = 1e12, 1e36
-"""Beyond these a tensor's gradients are scaled down. Up to the first, powers and products in features are finite in
-float32; up to the second the averages of directions, which divide gradients by their scale."""
+"""Up to the first, powers and products in features are finite in float32; up to the second the averages of directions,
+which divide gradients by their scale."""
 
 
 class TrainedOptimizer(NamedTuple):
@@ -100,9 +100,7 @@ class TrainedOptimizer(NamedTuple):
         raise ValueError(f"{refused[0]}: {_NO_DIRECTION}")
       if num_steps is None:
         raise ValueError("num_steps: this optimizer needs the number of training steps: optimizer(num_steps=...)")
-      return wrap(
-        self.architecture.transform, self.theta, num_steps, largest=LARGEST_GRADIENT, state_dtype=state_dtype
-      )
+      return wrap(self.architecture.transform, self.theta, num_steps, bounded=_scaled_down, state_dtype=state_dtype)
     if learning_rate is None and num_steps is None:
       raise ValueError("num_steps: give it, for the recommended learning rates, or a learning_rate")
     layout = _layout(elementwise, input_axes, stacked)
@@ -169,7 +167,7 @@ class TrainedOptimizer(NamedTuple):
     if build is None:
       raise ValueError(f"direction: {_NO_DIRECTION}")
     build = functools.partial(build, matrices=layout.matrices)
-    tx = wrap(build, self.theta, num_steps, largest=LARGEST_OF_DIRECTIONS, state_dtype=state_dtype)
+    tx = wrap(build, self.theta, num_steps, bounded=_clipped, state_dtype=state_dtype)
     if layout.stacked:
       tx = layer_by_layer(tx, layout.stacked)
 
@@ -287,7 +285,7 @@ def wrap(
   theta: Theta,
   num_steps: Any,
   *,
-  largest: float,
+  bounded: Callable[[Array], Array],
   state_dtype: Any = "float32",
 ) -> optax.GradientTransformationExtraArgs:
   """`build(theta, num_steps)` for parameters of any floating-point precision, size and layout.
@@ -299,7 +297,7 @@ def wrap(
     build: What an architecture has as `transform` or `direction`.
     theta: The meta-parameters.
     num_steps: Length of the run.
-    largest: What gradients of a tensor with any beyond it are scaled down to.
+    bounded: What becomes of a tensor's gradients that are too large.
     state_dtype: Of the state's arrays between steps.
 
   Raises:
@@ -316,7 +314,7 @@ def wrap(
     return _in_precision(build(theta, num_steps).init(_prepared(params, "parameters")), jnp.float32, stored)
 
   def compute(theta, num_steps, updates, state, params, extra_args):
-    updates = jax.tree.map(lambda g: _bounded(g, largest), updates)
+    updates = jax.tree.map(bounded, updates)
     return build(theta, num_steps).update(updates, state, params, **extra_args)
 
   def update(
@@ -371,6 +369,12 @@ def _in_precision(state: PyTree, of: Any, to: Any) -> PyTree:
   return jax.tree.map(lambda x: x.astype(to) if x.ndim and x.dtype == of else x, state)
 
 
-def _bounded(gradient: Array, largest: float) -> Array:
+def _scaled_down(gradient: Array) -> Array:
   peak = jnp.max(jnp.abs(gradient))
-  return gradient * jnp.where(peak > largest, largest / peak, 1.0)
+  return gradient * jnp.where(peak > LARGEST_GRADIENT, LARGEST_GRADIENT / peak, 1.0)
+
+
+def _clipped(gradient: Array) -> Array:
+  """Element by element, which needs no pass of its own. Infinities stay, so that updates show them."""
+  most = LARGEST_OF_DIRECTIONS
+  return jnp.where(jnp.isinf(gradient), gradient, jnp.clip(gradient, -most, most))
