@@ -17,8 +17,8 @@ from lopt.base import LearnedOptimizer, PyTree, Theta, name_of
 from lopt.runs.stacked import check_stacks, layer_by_layer, unstacked
 
 LARGEST_GRADIENT, LARGEST_OF_DIRECTIONS = 1e12, 1e36
-"""Up to the first, powers and products in features are finite in float32; up to the second the averages of directions,
-which divide gradients by their scale."""
+"""Up to the first, powers and products in features are finite in float32; up to the second the averages of
+directions, which divide gradients by their scale."""
 
 
 class TrainedOptimizer(NamedTuple):
