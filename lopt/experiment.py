@@ -47,7 +47,7 @@ def build(
   architecture: Section | base.LearnedOptimizer,
   task: Section | Families,
   seed: int = 0,
-  num_outer_steps: int = 400,
+  num_outer_steps: int = 1_200,
   log_every: int = 10,
   meta_loss: Literal["train", "validation"] = "train",
   objective: Literal["mean_loss", "final_loss"] = "mean_loss",
