@@ -101,6 +101,16 @@ def test_each_is_a_learned_direction(name):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -0.3 * b, rtol=1e-5, atol=1e-7), step, u)
 
 
+@pytest.mark.parametrize("name", ["tensor_mlp", "adafactor_mlp"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_gradient_that_is_not_finite_shows_in_the_updates_of_its_tensor(name, bad):
+  """So that `optax.apply_if_finite` can skip it; bounds on gradients must not hide it."""
+  params = {"w": jnp.ones((4, 3))}
+  tx = lopt.load(name).direction(10)
+  updates, _ = jax.jit(tx.update)({"w": jnp.ones((4, 3)).at[1, 2].set(bad)}, tx.init(params), params)
+  assert not np.any(np.isfinite(updates["w"]))
+
+
 def test_recommended_steps_are_those_for_the_network_and_the_length():
   """Width 128 has half of what 32 has, 1,600 steps half of what 200 have, one matrix √3 times as much as six."""
   optimizer = lopt.load("tensor_mlp")

@@ -297,7 +297,7 @@ def wrap(
     build: What an architecture has as `transform` or `direction`.
     theta: The meta-parameters.
     num_steps: Length of the run.
-    bounded: What becomes of a tensor's gradients that are too large.
+    bounded: Takes a tensor's gradients; returns them no larger than what `build` can compute with.
     state_dtype: Of the state's arrays between steps.
 
   Raises:
