@@ -1,15 +1,18 @@
 """Final losses of runs of several lengths, at several learning rates: trained optimizers, their θ = 0, and rivals.
 
     python experiments/benchmarks/lengths.py --optimizers=tensor_mlp,runs/mine [--lengths=200,1000,4000]
+    python experiments/benchmarks/lengths.py --suite=practical --lengths=500,650 --baselines=muon,adamw --num_tasks=1
     python experiments/benchmarks/lengths.py --suite=real_size --families=transformer_language --lengths=2000 \
       --baselines=muon,adamw --rates=0.001,0.003,0.01,0.03 --num_tasks=1 --num_seeds=1
 
 A quick look at a training that may be worth an evaluation: minutes, where `evaluate.py` takes an hour for long runs.
 All see the same tasks, first parameters and batches of a suite. Printed for each family and length: the
 geometric mean over tasks of the final training loss at each task's best rate (and of the validation loss at its best
-one), that over all tasks at every rate, and the share of runs with a training loss above the cap at every rate.
+one), that over all tasks at every rate, and at the recommended one, nothing tuned, and the share of runs with a
+training loss above the cap at every rate.
 """
 
+import functools
 import itertools
 
 import jax
@@ -37,13 +40,16 @@ def log_mean(losses):
   return np.log(losses + measures.ZERO).reshape(NUM_TASKS.value, NUM_SEEDS.value, -1).mean(axis=1)
 
 
-def row(runs):
-  """What is printed of runs at all rates."""
+def row(runs, recommended):
+  """What is printed of runs at all rates, of which the recommended one, if any, is the last."""
+  tuned = slice(None if recommended is None else -1)
   final, validation = log_mean(runs.final_loss), log_mean(runs.held_out_loss)
-  best, best_validation = (np.exp(x.min(axis=1).mean()) for x in (final, validation))
-  at_rates = ", ".join(f"{x:.3g}" for x in np.exp(final.mean(axis=0)))
-  capped = ", ".join(f"{x:.2g}" for x in runs.diverged.mean(axis=0))
-  return f"{best:.4g} | {best_validation:.4g} | {at_rates} | {capped}"
+  best, best_validation = (np.exp(x[:, tuned].min(axis=1).mean()) for x in (final, validation))
+  means = np.exp(final.mean(axis=0))
+  at_rates = ", ".join(f"{x:.3g}" for x in means[tuned])
+  untuned = "" if recommended is None else f"{means[-1]:.4g} at {recommended:.2g}"
+  capped = ", ".join(f"{x:.2g}" for x in runs.diverged.mean(axis=0)[tuned])
+  return f"{best:.4g} | {best_validation:.4g} | {at_rates} | {untuned} | {capped}"
 
 
 def main(argv):
@@ -52,23 +58,30 @@ def main(argv):
   optimizers = {trained.name_of(path): lopt.load(path) for path in OPTIMIZERS.value}
   rivals = {name: baselines.ALL[name]() for name in baselines.named(BASELINES.value)}
   members = suites.build(SUITE.value, only=FAMILIES.value)
-  print(f"| family | steps | optimizer | best | validation | at {', '.join(RATES.value)} | above the cap |")
-  print("|---|---:|---|---:|---:|---|---|")
+  print(
+    f"| family | steps | optimizer | best | validation | at {', '.join(RATES.value)} | recommended | above the cap |"
+  )
+  print("|---|---:|---|---:|---:|---|---|---|")
   for name, (family, _) in members.items():
     tasks = inner_runs.sample_tasks(family, SEED, inner_runs.HELD_OUT, NUM_TASKS.value)
     tasks, seeds = inner_runs.every_seed(tasks, NUM_SEEDS.value)
-    rates = np.tile(np.array(RATES.value, float), (len(seeds), 1))
+    params = jax.eval_shape(family.init, jax.random.key(0), jax.tree.map(lambda x: x[0], tasks.params))
     build = inner_runs.build_train(family, num_held_out_batches=16)
 
-    runs = []  # what, how it trains, θ
+    runs = []  # what, how it trains, θ, the rate that is recommended for a length
     for label, optimizer in optimizers.items():
-      train = build(inner_runs.at_rate(optimizer.architecture))  # one program for all lengths, and for θ = 0
+      architecture = optimizer.architecture
+      train = build(inner_runs.at_rate(architecture))  # one program for all lengths, and for θ = 0
+      recommended = functools.partial(architecture.recommended, params)
       zero = jax.tree.map(np.zeros_like, optimizer.theta)
-      runs += [(label, train, optimizer.theta), (f"θ = 0 of {label}", train, zero)]
+      runs += [(label, train, optimizer.theta, recommended), (f"θ = 0 of {label}", train, zero, recommended)]
     for label, rival in rivals.items():
-      runs.append((label, build(inner_runs.baseline(rival)), baselines.theta_at(1.0)))
-    for (label, train, theta), steps in itertools.product(runs, map(int, LENGTHS.value)):
-      print(f"| {name} | {steps:,} | {label} | {row(train(theta, rates, tasks, seeds, steps))} |", flush=True)
+      runs.append((label, build(inner_runs.baseline(rival)), baselines.theta_at(1.0), None))
+    for (label, train, theta, recommended), steps in itertools.product(runs, map(int, LENGTHS.value)):
+      rate = None if recommended is None else float(recommended(steps))
+      rates = [*map(float, RATES.value), *([] if rate is None else [rate])]
+      outcome = train(theta, np.tile(rates, (len(seeds), 1)), tasks, seeds, steps)
+      print(f"| {name} | {steps:,} | {label} | {row(outcome, rate)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ from lopt.architectures import origin, sharding
 BETAS = (0.9, 0.99)  # of Nesterov Adam
 SCALE_DECAY = 0.99
 """Of the moving average that gradients are divided by, tensor by tensor."""
-SMALL_WIDTH, SHORT_RUN = 32, 200
+FEW_INPUTS, SHORT_RUN = 20, 200
 FEW_MATRICES, MANY_MATRICES = 2, 6
-"""Learning rates are recommended as they were found for networks of many matrices, of a small width, in short runs;
-lower ones for wider networks and longer runs, higher ones for fewer matrices, down to two."""
+"""Learning rates are recommended as they were found for networks of many matrices, of few inputs, in short runs; lower
+ones for wider networks and longer runs, higher ones for fewer matrices, down to two."""
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Muon's coefficients: five steps take every singular value from 0.01 to 1 to somewhere in 0.7 to 1.2."""
 
@@ -145,20 +145,21 @@ def warmup_cosine(num_steps: Any, warmup: float) -> optax.Schedule:
 def recommended_share(params: base.Params, num_steps: Any, matrices: Matrices = USUAL) -> Any:
   """The factor of the recommended learning rate that is recommended for such parameters and as many steps.
 
-      √(6 / L) · min(1, √(32 / w)) · min(1, (200 / T)^(1/3))
+      6 / L · min(1, √(20 / n)) · min(1, (200 / T)^(1/4))
 
-  L is the number of matrices, at least 2 and at most 6, and w the mean of their smaller sides, in the logarithm and
-  weighted by their sizes. With a root mean square of 1 an orthogonal matrix has singular values of √width, which is
-  the second factor; the others were found by measurement, as was that all hold (`experiments/notes/directions.md`).
+  L is the number of matrices, at least 2 and at most 6, and n the mean of their rows (the inputs of a unit), in the
+  logarithm and weighted by the matrices' sizes. Why: with entries of ±1 a step of n rows moves what a unit gives by up
+  to √n times its inputs' norm, and the steps of layers add up. The exponents, and that all hold, are measurements:
+  `experiments/notes/directions.md`.
   """
   leaves = jax.tree_util.tree_leaves_with_path(params)
   all_sides = [matrices.sides(base.name_of(path), jnp.shape(x)) for path, x in leaves]
   sides = [pair for pair in all_sides if pair and math.prod(pair) > 0]
   total = sum(rows * columns for rows, columns in sides)
-  log_width = sum(rows * columns * math.log(min(rows, columns)) for rows, columns in sides) / max(total, 1)
-  narrower = min(1.0, math.sqrt(SMALL_WIDTH / math.exp(log_width)))
+  log_inputs = sum(rows * columns * math.log(rows) for rows, columns in sides) / max(total, 1)
+  narrower = min(1.0, math.sqrt(FEW_INPUTS / math.exp(log_inputs)))
   number = min(max(len(sides) or MANY_MATRICES, FEW_MATRICES), MANY_MATRICES)
-  return math.sqrt(MANY_MATRICES / number) * narrower * jnp.minimum(1.0, (SHORT_RUN / num_steps) ** (1 / 3))
+  return MANY_MATRICES / number * narrower * jnp.minimum(1.0, (SHORT_RUN / num_steps) ** (1 / 4))
 
 
 def _direction(

@@ -31,9 +31,13 @@ FRESH = {
 
 FEWER = {"num_tasks": 4}  # where a run takes long
 FEWEST = {"num_tasks": 3}  # of the largest networks and the longest runs
-# 0.8 and 0.3 million parameters, all of the data, initial weights and losses as people have them: for an accelerator
-REAL = {"weight_scale": (1.0, 1.0), "loss_scale": (1.0, 1.0), "num_tasks": 1, "num_steps": 2_000}
-TEXT = {"name": "transformer_language_model", "num_heads": 4, "part": (1.0, 1.0), **REAL}
+# all of the data, initial weights and losses as people have them
+USUAL = {"weight_scale": (1.0, 1.0), "loss_scale": (1.0, 1.0), "num_tasks": 1, "num_steps": 500}
+IMAGES = {"dataset": "fashion_mnist", "resolution": None, "batch_size": 64, "activations": ("relu",), **USUAL}
+CLASSES = {**IMAGES, "min_classes": 10, "input_scale": (1.0, 1.0)}
+REAL = {"num_steps": 2_000}  # 0.8 and 0.3 million parameters: for an accelerator
+TEXT = {"name": "transformer_language_model", "num_heads": 4, "part": (1.0, 1.0), **USUAL}
+RESNET = {"name": "resnet_classifier", **CLASSES}
 REPARAMETRIZED = {"augmentation": {"reparametrization": (1e-3, 1e3)}}
 
 DEFAULTS = {"seed": 0, "num_tasks": 8, "num_seeds": 5, "num_steps": 200}
@@ -68,19 +72,31 @@ ALL: dict[str, dict[str, dict[str, Any]]] = {
     "width_32": {**TEXT, "width": 32, "context": 32, "batch_size": 16, "num_steps": 1_000},
     "width_64": {**TEXT, "width": 64, "context": 64, "batch_size": 32, "num_steps": 1_000},
   },
-  "real_size": {
-    "transformer_language": {**TEXT, "width": 128, "num_layers": 4, "context": 64, "batch_size": 32},
-    "resnet": {
-      "name": "resnet_classifier",
-      "dataset": "cifar10",
-      "resolution": None,
-      "channels": (32, 64, 128),
-      "batch_size": 64,
-      "min_classes": 10,
-      "activations": ("relu",),
-      "input_scale": (1.0, 1.0),
-      **REAL,
+  "practical": {  # 50,000 to 270,000 parameters, full resolution, usual batches
+    "mlp": {"name": "mlp_classifier", "hidden_sizes": (256, 256), **CLASSES, "batch_size": 128},
+    "cnn": {"name": "cnn_classifier", "channels": (32, 64), **CLASSES},
+    "resnet": {**RESNET, "resolution": 14, "channels": (16, 32, 64)},
+    "vision_transformer": {
+      "name": "vision_transformer",
+      "patch_size": 4,
+      "width": 64,
+      "layers": 2,
+      "heads": 4,
+      **CLASSES,
     },
+    "autoencoder": {"name": "mlp_autoencoder", "hidden_sizes": (128,), "latent_size": 16, **IMAGES},
+    "rnn_language": {
+      "name": "rnn_language_model",
+      "width": 128,
+      "context": 32,
+      "batch_size": 32,
+      "part": (1.0, 1.0),
+      **USUAL,
+    },
+  },
+  "real_size": {
+    "transformer_language": {**TEXT, "width": 128, "num_layers": 4, "context": 64, "batch_size": 32, **REAL},
+    "resnet": {**RESNET, "dataset": "cifar10", "channels": (32, 64, 128), **REAL},
   },
   "reparametrized": {
     "mlp": {**MLP, **REPARAMETRIZED},
@@ -88,7 +104,7 @@ ALL: dict[str, dict[str, dict[str, Any]]] = {
   },
 }
 
-LARGE = ("middle_size", "real_size")
+LARGE = ("middle_size", "practical", "real_size")
 """Suites that take hours without an accelerator: not among `--suite=all`."""
 
 
