@@ -72,6 +72,7 @@ def main(argv):
     for label, optimizer in optimizers.items():
       architecture = optimizer.architecture
       train = build(inner_runs.at_rate(architecture))  # one program for all lengths, and for θ = 0
+      assert architecture.recommended is not None  # `at_rate` has refused what has no direction
       recommended = functools.partial(architecture.recommended, params)
       zero = jax.tree.map(np.zeros_like, optimizer.theta)
       runs += [(label, train, optimizer.theta, recommended), (f"θ = 0 of {label}", train, zero, recommended)]

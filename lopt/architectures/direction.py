@@ -24,8 +24,8 @@ SCALE_DECAY = 0.99
 """Of the moving average that gradients are divided by, tensor by tensor."""
 FEW_INPUTS, SHORT_RUN = 20, 200
 FEW_MATRICES, MANY_MATRICES = 2, 6
-"""Learning rates are recommended as they were found for networks of many matrices, of few inputs, in short runs; lower
-ones for wider networks and longer runs, higher ones for fewer matrices, down to two."""
+"""Learning rates are recommended as they were found for networks of many matrices, of few inputs, in short runs; less
+for wider networks and longer runs, more for fewer matrices, down to two."""
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Muon's coefficients: five steps take every singular value from 0.01 to 1 to somewhere in 0.7 to 1.2."""
 
@@ -148,8 +148,8 @@ def recommended_share(params: base.Params, num_steps: Any, matrices: Matrices = 
       6 / L · min(1, √(20 / n)) · min(1, (200 / T)^(1/4))
 
   L is the number of matrices, at least 2 and at most 6, and n the mean of their rows (the inputs of a unit), in the
-  logarithm and weighted by the matrices' sizes. Why: with entries of ±1 a step of n rows moves what a unit gives by up
-  to √n times its inputs' norm, and the steps of layers add up. The exponents, and that all hold, are measurements:
+  logarithm and weighted by the matrices' sizes. A step of n entries of size 1 changes what a unit gives by up to √n
+  times the norm of its inputs, and the changes of layers add up. The exponents, and that all hold, are measured:
   `experiments/notes/directions.md`.
   """
   leaves = jax.tree_util.tree_leaves_with_path(params)
