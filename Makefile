@@ -26,7 +26,8 @@ meta-train: .venv/runtime  ## meta-train an optimizer on digits (or CONFIG=..., 
 	$(BIN)/python experiments/meta_train.py --config=$(CONFIG) --workdir=$(WORKDIR)
 
 reproduce-pretrained: .venv/runtime  ## train again what comes with lopt: NAME=tensor_mlp or adafactor_mlp
-	$(BIN)/python experiments/reproduce_pretrained.py --name=$(NAME)
+	$(BIN)/python experiments/meta_train.py --config=experiments/configs/pretrained.py:architecture=$(NAME) \
+	  --workdir=runs/pretrained/$(NAME)
 
 report: .venv/runtime  ## compare NAME with tuned baselines on held-out suites, into runs/report/report.html
 	$(BIN)/python experiments/evaluate.py --optimizer=$(NAME) --suite=$(SUITE) --baselines=$(BASELINES) \

@@ -145,7 +145,7 @@ def warmup_cosine(num_steps: Any, warmup: float) -> optax.Schedule:
 def recommended_share(params: base.Params, num_steps: Any, matrices: Matrices = USUAL) -> Any:
   """The factor of the recommended learning rate that is recommended for such parameters and as many steps.
 
-      6 / L · min(1, √(20 / n)) · min(1, (200 / T)^(1/4))
+      6 / L · min(1, √(20 / n)) · min(1, (200 / T)^(1/3))
 
   L is the number of matrices, at least 2 and at most 6, and n the mean of their rows (the inputs of a unit), in the
   logarithm and weighted by the matrices' sizes. A step of n entries of size 1 changes what a unit gives by up to √n
@@ -159,7 +159,7 @@ def recommended_share(params: base.Params, num_steps: Any, matrices: Matrices = 
   log_inputs = sum(rows * columns * math.log(rows) for rows, columns in sides) / max(total, 1)
   narrower = min(1.0, math.sqrt(FEW_INPUTS / math.exp(log_inputs)))
   number = min(max(len(sides) or MANY_MATRICES, FEW_MATRICES), MANY_MATRICES)
-  return MANY_MATRICES / number * narrower * jnp.minimum(1.0, (SHORT_RUN / num_steps) ** (1 / 4))
+  return MANY_MATRICES / number * narrower * jnp.minimum(1.0, (SHORT_RUN / num_steps) ** (1 / 3))
 
 
 def _direction(

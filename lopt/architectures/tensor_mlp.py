@@ -7,7 +7,6 @@ that follow the state of training. Networks with one run for each tensor are tho
 (O. Wichrowska et al., ICML 2017; L. Metz et al., "VeLO", 2022).
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -135,39 +134,6 @@ def build(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
   return base.LearnedOptimizer(init, transform)
-
-
-def average(
-  thetas: Sequence[base.Theta], time_scales: Sequence[tuple[int, ...]]
-) -> tuple[base.Theta, tuple[int, ...]]:
-  """The network whose coefficients are the means of several networks' coefficients: their hidden units side by side.
-
-  Trainings are short for their noise; what they agree on is what is kept.
-
-  Args:
-    thetas: Of the networks.
-    time_scales: Of each.
-
-  Returns:
-    θ, and its time scales, which are all of theirs. `hidden_size` is the sum of theirs.
-  """
-  scales = tuple(sorted(set().union(*time_scales)))
-  hidden, coefficients = [], []
-  for theta, own in zip(thetas, time_scales, strict=True):
-    w = jnp.zeros((NUM_INPUTS + len(scales), theta["hidden"]["w"].shape[1]), jnp.float32)
-    rows = [*range(NUM_INPUTS), *(NUM_INPUTS + scales.index(scale) for scale in own)]
-    hidden.append({"w": w.at[jnp.array(rows)].set(theta["hidden"]["w"]), "b": theta["hidden"]["b"]})
-    coefficients.append(jax.tree.map(lambda x: x / len(thetas), theta["coefficients"]))
-  return {
-    "hidden": {
-      "w": jnp.concatenate([x["w"] for x in hidden], axis=1),
-      "b": jnp.concatenate([x["b"] for x in hidden]),
-    },
-    "coefficients": {
-      "w": jnp.concatenate([x["w"] for x in coefficients]),
-      "b": sum(x["b"] for x in coefficients),
-    },
-  }, scales
 
 
 def _sums(g: Array, p: Array, m: Array, precondition: Array) -> Float[Array, " sums"]:

@@ -153,9 +153,9 @@ def test_meta_training_is_at_the_rates_that_are_recommended():
   """What `transform` does, which is what meta-training sees, is what a user gets who says how many steps only."""
   trained = optimizer()
   with jax.disable_jit():
-    tx = trained.architecture.transform(trained.theta, 3_200), trained(num_steps=3_200)
+    tx = trained.architecture.transform(trained.theta, 1_600), trained(num_steps=1_600)
     each = list(zip(*(directions(x, steps=2) for x in tx), strict=True))
-  assert float(direction.recommended_share(params(), 3_200)) != 1
+  assert float(direction.recommended_share(params(), 1_600)) != 1
   for ours, theirs in each:
     for leaf in PARAMS:
       np.testing.assert_allclose(ours[leaf], theirs[leaf], rtol=1e-5, atol=1e-9)
@@ -178,7 +178,7 @@ def test_what_is_not_orthogonalised_counts_as_no_matrix_where_it_was_so_in_meta_
 def test_less_is_recommended_for_wider_networks_and_longer_runs_and_more_for_few_matrices():
   deep = {"w": [jnp.ones((20, 100))] * 6, "b": jnp.zeros(5_000)}
   assert direction.recommended_share(deep, 200) == direction.recommended_share({"b": jnp.zeros(4)}, 10) == 1
-  np.testing.assert_allclose(direction.recommended_share(deep, 3_200), 0.5, rtol=1e-6)
+  np.testing.assert_allclose(direction.recommended_share(deep, 1_600), 0.5, rtol=1e-6)
   for number, share in ((1, 3), (2, 3), (4, 1.5), (50, 1)):
     few = {"w": [jnp.ones((20, 100))] * number}
     np.testing.assert_allclose(direction.recommended_share(few, 200), share, rtol=1e-6)

@@ -61,24 +61,3 @@ def test_no_parameters_no_update():
 def test_a_hidden_layer_without_units_is_refused():
   with pytest.raises(ValueError, match="hidden_size"):
     tensor_mlp.build(hidden_size=0)
-
-
-def test_the_average_of_networks_gives_the_mean_of_their_updates():
-  """Of networks of different widths and time scales."""
-  options = [{"hidden_size": 3, "time_scales": (10, 100)}, {"hidden_size": 5, "time_scales": (1000, 10)}]
-  members = [tensor_mlp.build(**own) for own in options]
-  thetas = [jax.tree.map(lambda x, i=i: x + 0.1 * (i + 1), x.init(jax.random.key(i))) for i, x in enumerate(members)]
-  theta, scales = tensor_mlp.average(thetas, [own["time_scales"] for own in options])
-  assert scales == (10, 100, 1000)
-  averaged = tensor_mlp.build(hidden_size=8, time_scales=scales)
-  assert jax.eval_shape(averaged.init, jax.random.key(0)) == jax.eval_shape(lambda: theta)
-  params = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), "b": jnp.ones(4)}
-
-  def second_update(optimizer, theta):
-    tx = optimizer.transform(theta, 10)
-    _, state = tx.update(params, tx.init(params), params)
-    return tx.update(jax.tree.map(jnp.cos, params), state, params)[0]
-
-  each = [second_update(*member) for member in zip(members, thetas, strict=True)]
-  mean = jax.tree.map(lambda a, b: (a + b) / 2, *each)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), second_update(averaged, theta), mean)

@@ -105,7 +105,7 @@ def compare(fam=None, cache_folder=None, names=("Muon", "SGDM"), theta=1.0, **ch
 
 
 def test_the_recommended_rate_is_that_for_the_length_of_the_run(trained):
-  c = compare(num_steps=200 * 2**4)
+  c = compare(num_steps=200 * 2**3)
   assert c.recommended["plain"] is None
   assert [c.recommended[name] for name in ("mine", CONTROL)] == pytest.approx([0.02 / 2] * 2, rel=1e-6)
   assert any(rate == pytest.approx(0.02 / 2) for rate in c.sweeps["mine"][0].rates)
