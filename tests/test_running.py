@@ -323,7 +323,7 @@ def test_arguments_of_other_types_are_refused_in_one_line(tmp_path, environment)
     "config.horizon: 100 is not a section, such as {'minimum': 50",
     "architecture: None is not an architecture; give a name such as 'mlp'",
     "on_step: 3 is not a function of (step, metrics)",
-    "architecture: TrainedOptimizer(tensor_mlp, 1,308 meta-parameters, learning_rate=0.02) is not an architecture",
+    "architecture: TrainedOptimizer(tensor_mlp, 228 meta-parameters, learning_rate=0.02) is not an architecture",
     "workdir: None is not the path of a folder",
     "families: must be a lopt.base.TaskFamily or several, not 'mlp_classifier'",
     "3: is neither a path nor the name",
