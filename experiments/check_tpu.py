@@ -19,10 +19,10 @@ from typing import Any
 
 import jax
 import optax
-from absl import app, flags
+from absl import flags
 from jax.experimental import topologies
 
-from lopt import base, configuration, inner_training
+from lopt import base, command_line, configuration, inner_training
 from lopt.outer import meta_training, parallel
 from lopt.runs import files
 
@@ -97,8 +97,7 @@ def check(architecture: Section, estimator: Section, task: Section, devices: par
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument: {argv[1]}")
+  del argv
   parallel.setup()
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_enable_compilation_cache", False)
@@ -110,7 +109,7 @@ def main(argv: list[str]) -> None:
     )
   chosen = {name: case for name, case in cases().items() if re.search(ONLY.value, name)}
   if not chosen:
-    raise app.UsageError(f"--only: {ONLY.value!r} is in no case; there are: {'; '.join(cases())}")
+    raise configuration.ConfigError(f"--only: {ONLY.value!r} is in no case; there are: {'; '.join(cases())}")
   results = {}
   for name, case in chosen.items():
     try:
@@ -130,4 +129,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
   # Nothing of this machine is to be asked for: it is no TPU.
   os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
-  app.run(main)
+  command_line.run(main)

@@ -50,8 +50,7 @@ SEED = flags.DEFINE_integer("seed", None, "Which tasks and runs; by default what
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise configuration.ConfigError(f"unexpected argument: {argv[1]}")
+  del argv
   logging.set_verbosity(logging.WARNING)
   parallel.setup()
   paths = OPTIMIZER.value

@@ -67,8 +67,7 @@ def connect() -> None:
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise configuration.ConfigError(f"unexpected argument: {argv[1]}")
+  del argv
   logging.set_verbosity(logging.WARNING)
   parallel.setup()
   connect()

@@ -17,19 +17,30 @@ flags.disclaim_key_flags()  # a flag defined here is its script's, whose --help 
 
 
 def run(
-  main: Callable[[list[str]], None], *, name: str, again: str, errors: tuple[type[Exception], ...] = ()
+  main: Callable[[list[str]], None],
+  *,
+  name: str | None = None,
+  again: str = "the same command begins anew",
+  errors: tuple[type[Exception], ...] = (),
 ) -> None:
   """`app.run(main)` that ends with one line and an exit code where something is wrong or it is interrupted.
 
   Args:
-    main: takes what of the command line is no flag.
-    name: of the command, with which the line begins.
+    main: takes the script's path, in a list; more than flags no script takes.
+    name: of the command, with which the line begins; None: the script's.
     again: what happens if an interrupted one is called once more.
     errors: of its own, that it says in one line.
   """
+  name = name or Path(sys.argv[0]).name
+
+  def checked(argv: list[str]) -> None:
+    if len(argv) > 1:
+      raise ConfigError(f"unexpected argument: {argv[1]}")
+    main(argv)
+
   try:
     with interruption.immediate("stopped by SIGTERM"):
-      app.run(main, flags_parser=_parse_flags)
+      app.run(checked, flags_parser=_parse_flags)
   except (ConfigError, trained.LoadError, lock.LockedError, OSError, *errors) as error:
     sys.exit(f"{name}: {error}")
   except KeyboardInterrupt as error:

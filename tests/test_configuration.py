@@ -267,6 +267,24 @@ def run(script: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 DIGITS = "--config=experiments/configs/digits.py"
 
 
+@pytest.mark.parametrize(
+  ("command", "line"),
+  [
+    ("paper/run_all.py stray", "run_all.py: unexpected argument: stray"),
+    ("paper/yacht.py --seed=-1", "yacht.py: flag --seed=-1: -1 is not a non-negative integer"),
+    ("benchmarks/scaling.py --only=none", "scaling.py: --only: 'none' is in no case; there are: "),
+    ("benchmarks/lengths.py --rates=high", "lengths.py: could not convert string to float: 'high'"),
+    ("robustness/kill.py --kills=none", "kill.py: flag --kills=none: "),
+  ],
+)
+def test_every_script_answers_a_bad_flag_in_one_line(command, line):
+  script, *flags = command.split()
+  result = run(ROOT / "experiments" / script, *flags)
+  assert result.returncode == 1
+  (said,) = result.stderr.splitlines()
+  assert said.startswith(line)
+
+
 def test_every_option_is_a_flag(script):
   result = run(
     script,

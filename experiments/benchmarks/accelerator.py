@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from absl import app, flags
+from absl import flags
 
+from lopt import command_line, configuration
 from lopt.runs import files
 
 ONLY = flags.DEFINE_string("only", "", "Regular expression: the parts to run.")
@@ -114,12 +115,11 @@ def run(part: Part, folder: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument: {argv[1]}")
+  del argv
   folder = Path(OUTPUT.value)
   chosen = {name: part for name, part in parts(folder).items() if re.search(ONLY.value, name)}
   if not chosen:
-    raise app.UsageError(f"--only: {ONLY.value!r} is in no part; there are: {', '.join(parts(folder))}")
+    raise configuration.ConfigError(f"--only: {ONLY.value!r} is in no part; there are: {', '.join(parts(folder))}")
   folder.mkdir(parents=True, exist_ok=True)
   results = {}
   for name, part in chosen.items():
@@ -133,4 +133,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command_line.run(main)

@@ -21,8 +21,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
+from lopt import command_line, configuration
 from lopt.runs import files
 
 CASE = flags.DEFINE_string("case", None, "Measure this one case in this process, and print one JSON object.")
@@ -44,17 +45,15 @@ def main(cases: Sequence[str], measure: Callable[[str], Figures], columns: Seque
   """
 
   def run(argv: list[str]) -> None:
-    if len(argv) > 1:
-      raise app.UsageError(f"unexpected argument: {argv[1]}")
     if CASE.value is not None:
       if CASE.value not in cases:
-        raise app.UsageError(f"--case: no {CASE.value!r}; there are: {', '.join(cases)}")
+        raise configuration.ConfigError(f"--case: no {CASE.value!r}; there are: {', '.join(cases)}")
       print(json.dumps({"case": CASE.value, **measure(CASE.value)}), flush=True)
       return
     script, folder = Path(argv[0]), Path(OUTPUT.value)
     chosen = [case for case in cases if re.search(ONLY.value, case)]
     if not chosen:
-      raise app.UsageError(f"--only: {ONLY.value!r} is in no case; there are: {', '.join(cases)}")
+      raise configuration.ConfigError(f"--only: {ONLY.value!r} is in no case; there are: {', '.join(cases)}")
     rows, lines = [], []
     for case in chosen:
       ours, theirs = [], []
@@ -73,7 +72,7 @@ def main(cases: Sequence[str], measure: Callable[[str], Figures], columns: Seque
     files.write_atomically(folder / f"{script.stem}.md", text + "\n")
     print(f"\n{text}\n\nFigures: {folder / script.stem}.jsonl; table: {folder / script.stem}.md")
 
-  app.run(run)
+  command_line.run(run)
 
 
 def _figures(command: Sequence[str]) -> Figures:

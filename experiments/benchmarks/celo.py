@@ -21,15 +21,15 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from jaxtyping import Float
 
 import lopt
-from lopt import base, configuration
+from lopt import base, command_line
 from lopt.architectures import published, published_celo
 from lopt.evaluation import baselines, evaluate, report, suites
 from lopt.outer import parallel
-from lopt.runs import files, interruption
+from lopt.runs import files
 
 WEIGHTS = flags.DEFINE_string("weights", None, "The published file theta.state.", required=True)
 SUITE = flags.DEFINE_list("suite", ["fresh"], "Held-out suites, by commas.")
@@ -44,8 +44,7 @@ NDARRAY = 1  # Flax's type of a msgpack extension
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument: {argv[1]}")
+  del argv
   logging.set_verbosity(logging.WARNING)
   parallel.setup()
   optimizers: dict[str, Any] = {
@@ -106,11 +105,4 @@ def _array(code: int, data: bytes) -> Float[np.ndarray, "..."]:
 
 
 if __name__ == "__main__":
-  try:
-    with interruption.immediate("stopped"):
-      app.run(main)
-  except (configuration.ConfigError, ValueError, OSError) as error:
-    sys.exit(f"celo.py: {error}")
-  except KeyboardInterrupt as error:
-    print("\ncelo.py: interrupted; runs that were done are in --cache", file=sys.stderr, flush=True)
-    sys.exit(error.exit_code if isinstance(error, interruption.InterruptedRun) else 130)
+  command_line.run(main, again="runs that were done are in --cache", errors=(ValueError,))

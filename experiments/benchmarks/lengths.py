@@ -17,9 +17,10 @@ import itertools
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import lopt
+from lopt import command_line
 from lopt.evaluation import baselines, inner_runs, measures, suites
 from lopt.outer import parallel
 from lopt.runs import trained
@@ -54,6 +55,7 @@ def row(runs, recommended):
 
 def main(argv):
   del argv
+  rates, lengths = [float(x) for x in RATES.value], [int(x) for x in LENGTHS.value]
   parallel.setup()
   optimizers = {trained.name_of(path): lopt.load(path) for path in OPTIMIZERS.value}
   rivals = {name: baselines.ALL[name]() for name in baselines.named(BASELINES.value)}
@@ -78,12 +80,12 @@ def main(argv):
       runs += [(label, train, optimizer.theta, recommended), (f"θ = 0 of {label}", train, zero, recommended)]
     for label, rival in rivals.items():
       runs.append((label, build(inner_runs.baseline(rival)), baselines.theta_at(1.0), None))
-    for (label, train, theta, recommended), steps in itertools.product(runs, map(int, LENGTHS.value)):
+    for (label, train, theta, recommended), steps in itertools.product(runs, lengths):
       rate = None if recommended is None else float(recommended(steps))
-      rates = [*map(float, RATES.value), *([] if rate is None else [rate])]
-      outcome = train(theta, np.tile(rates, (len(seeds), 1)), tasks, seeds, steps)
+      tried = [*rates, *([] if rate is None else [rate])]
+      outcome = train(theta, np.tile(tried, (len(seeds), 1)), tasks, seeds, steps)
       print(f"| {name} | {steps:,} | {label} | {row(outcome, rate)} |", flush=True)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command_line.run(main, errors=(ValueError,))

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+
+from lopt import command_line, configuration
 
 FOLDER = flags.DEFINE_string("folder", "runs/benchmarks", "Of the figures; speed.png is written into it.")
 
@@ -45,7 +47,9 @@ def main(argv: list[str]) -> None:
   folder = Path(FOLDER.value)
   figures = {name: list(_lines(folder / f"{name}.jsonl")) for name in ("throughput", "scaling", "update_cost")}
   if not any(figures.values()):
-    raise app.UsageError(f"--folder: nothing in {folder}; run throughput.py, scaling.py and update_cost.py before")
+    raise configuration.ConfigError(
+      f"--folder: nothing in {folder}; run throughput.py, scaling.py and update_cost.py before"
+    )
   throughput = [(*line["case"].split("/"), line) for line in figures["throughput"] if "seconds" in line]
   updates = [(*line["case"].rsplit("/", 2), line) for line in figures["update_cost"] if "seconds" in line]
   figure = Figure(figsize=(9.5, 7), layout="constrained")
@@ -152,4 +156,4 @@ def _draw(axes: Axes, points: list[Point], texts: tuple[str, str, str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command_line.run(main)

@@ -10,10 +10,10 @@ the median of the final losses, means over the last tenth of the steps, and the 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import lopt
-from lopt import configuration, inner_training
+from lopt import command_line, configuration, inner_training
 from lopt.evaluation import suites
 from lopt.outer import parallel
 
@@ -59,4 +59,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command_line.run(main)

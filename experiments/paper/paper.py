@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags, logging
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from lopt import base, checks
+from lopt import base, checks, command_line
 from lopt.outer import parallel
 from lopt.runs import files
 
@@ -192,8 +192,6 @@ def main(experiment: Experiment) -> None:
   flags.DEFINE_string("workdir", "runs/paper", "Where results and the page with all of them are kept.")
 
   def run(argv: list[str]) -> None:
-    if len(argv) > 1:
-      raise app.UsageError(f"unexpected argument: {argv[1]}")
     logging.set_verbosity(logging.WARNING)
     parallel.setup()
     workdir, scale = Path(flags.FLAGS.workdir), flags.FLAGS.scale
@@ -228,10 +226,7 @@ def main(experiment: Experiment) -> None:
     print(f"{seconds:.0f} s. Figure: {folder / 'figure.png'}, page: {page}")
     sys.exit(0 if finding.holds else 1)
 
-  try:
-    app.run(run)
-  except (OSError, ValueError) as error:
-    sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+  command_line.run(run, errors=(ValueError,))
 
 
 def write_page(workdir: Path) -> Path:

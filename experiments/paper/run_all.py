@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import flags
+
+from lopt import command_line
 
 SCRIPTS = (
   "influence_balancing",
@@ -77,8 +79,6 @@ def run_all(folder: Path, scale: str, workdir: Path, seed: int = 0) -> int:
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument: {argv[1]}")
   sys.exit(run_all(Path(argv[0]).parent, flags.FLAGS.scale, Path(flags.FLAGS.workdir), flags.FLAGS.seed))
 
 
@@ -86,7 +86,4 @@ if __name__ == "__main__":
   flags.DEFINE_enum("scale", "quick", ["quick", "full"], "Minutes on a laptop, or the paper's sizes.")
   flags.DEFINE_integer("seed", 0, "Another number gives other runs.", lower_bound=0)
   flags.DEFINE_string("workdir", "runs/paper", "Where results and the page with all of them are kept.")
-  try:
-    app.run(main)
-  except KeyboardInterrupt:
-    sys.exit(130)
+  command_line.run(main, again="the same command runs all again")

@@ -23,10 +23,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import lopt
-from lopt import configuration
+from lopt import command_line, configuration
 from lopt.runs import trained
 
 FILES = flags.DEFINE_integer("files", 10_000, "How many.", 1)
@@ -344,4 +344,4 @@ def _address_space() -> int:
 
 if __name__ == "__main__":
   signal.signal(signal.SIGALRM, signal.default_int_handler)
-  app.run(main)
+  command_line.run(main)

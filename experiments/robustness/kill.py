@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
+
+from lopt import command_line
 
 KILLS = flags.DEFINE_integer("kills", 200, "How many, at least.", 1)
 SECONDS = flags.DEFINE_float("seconds", float("inf"), "Stop after this time, with fewer kills.")
@@ -170,4 +172,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command_line.run(main)

@@ -44,7 +44,7 @@ def prepare(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Pat
 
 def main(argv: list[str]) -> None:
   if len(argv) < 2:
-    raise app.UsageError("names no data set: python -m lopt.tasks.prepare NAME ...")
+    sys.exit("names no data set: python -m lopt.tasks.prepare NAME ...")
   for name in argv[1:]:
     try:
       print(f"{name} is prepared in {prepare(name, data_dir=flags.FLAGS.data_dir)}")
