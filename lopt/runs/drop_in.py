@@ -48,7 +48,7 @@ class TrainedOptimizer(NamedTuple):
 
   @property
   def learning_rate(self) -> float | None:
-    """The recommended one, for networks of six matrices or more, a width up to 32, and up to 200 steps; None of an
+    """The recommended one, for networks of six matrices or more with up to 20 rows, and up to 200 steps; None of an
     optimizer that takes no learning rate, since it decides on steps by itself.
     """
     return self.architecture.learning_rate
@@ -149,7 +149,7 @@ class TrainedOptimizer(NamedTuple):
 
     Args:
       num_steps: Length of the run.
-      params: Of the network, or arrays of their shapes; None: of one of six matrices that are no wider than 32. Only
+      params: Of the network, or arrays of their shapes; None: of one of six matrices of up to 20 rows. Only
         matrices that the optimizer is given count: not those of another group of `optax.partition`.
       elementwise: As for a call of the optimizer, and likewise:
       input_axes: The rows of matrices.
