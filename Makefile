@@ -45,6 +45,8 @@ bench: .venv/runtime  ## measure and draw speed and memory into runs/benchmarks/
 	$(BIN)/python experiments/benchmarks/update_cost.py --rounds=$(ROUNDS) \
 	  --only='^(adam|muon|direction/tensor_mlp|$(ARCHITECTURES))/mlp/[456]$$'
 	$(BIN)/python experiments/benchmarks/scaling.py --rounds=$(ROUNDS)
+	$(BIN)/python experiments/benchmarks/update_compile.py --rounds=$(ROUNDS) --only='^(adamw|muon|direction/tensor_mlp)$$'
+	$(BIN)/python experiments/benchmarks/first_step.py --rounds=$(ROUNDS)
 	$(BIN)/python experiments/benchmarks/picture.py
 
 check-tpu: .venv/runtime .venv/tpu  ## compile every architecture and estimator for four TPU chips, without one
