@@ -2,10 +2,9 @@
 
     python experiments/meta_train.py --config=experiments/configs/digits.py --workdir=runs/digits
 
-Takes: 2 to 5 minutes on 2 CPU cores, with the comparison. Result, seed 0, each task's best learning rate (the
-recommended one): tuned AdamW needs 4.6 (4.6) times as many steps to the same final training loss, the better of AdamW
-and Muon 1.6 (1.9) times as many. At an earlier rule for that rate, 3% lower here, seeds 0, 1 and 2 had 6.8 (6.7), 4.4
-(3.8) and 4.1 (3.4), and 2.4 (2.2), 1.9 (1.8) and 1.5 (1.4).
+Takes: 2 to 5 minutes on 2 CPU cores, with the comparison. Result, seeds 0, 1 and 2, each task's best learning rate
+(the recommended one): tuned AdamW needs 4.6 (4.6), 4.9 (4.4) and 3.6 (2.4) times as many steps to the same final
+training loss, the better of AdamW and Muon 1.6 (1.9), 1.5 (1.4) and 1.4 (1.2) times as many.
 
 Another module is picked after a colon, and every field below is a flag:
 
