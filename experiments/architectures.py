@@ -105,4 +105,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  command_line.run(main, name="architectures.py", again="the same command begins anew")
+  command_line.run(main)

@@ -14,7 +14,11 @@ import time
 from pathlib import Path
 
 import bench
+import jax
 from absl import flags
+
+from lopt import configuration, experiment
+from lopt.outer import parallel
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CASES = ["digits", "digits:architecture=mlp", "mixture", "mixture:architecture=adafactor_mlp"]
@@ -37,11 +41,6 @@ def measure(case: str) -> bench.Figures:
 
 
 def _first_step(case: str) -> bench.Figures:
-  import jax
-
-  from lopt import configuration, experiment
-  from lopt.outer import parallel
-
   parallel.setup()
   name, _, choices = case.partition(":")
   config = configuration.plain(configuration.load(CONFIGS / f"{name}.py").get_config(choices))
